@@ -97,7 +97,7 @@ class ModelBackend(Protocol):
     9. A `seq_id` is never reused for another sequence, and results arrive only through the handle
        of their batch. A preempted sequence starts again under the same id.
     10. A batch has a bounded binary encoding, `vllm_traits.wire`. Nothing is ever unpickled.
-    11. If no chunk is `masked`, the backend may sample inside `forward`; `sample` then does nothing.
+    11. If no chunk is `masked`, the backend may sample inside `forward`, and `sample` does nothing.
     12. A token is a function of logits, params, seed and position: random numbers come from a
        counter-based generator without state.
     13. The backend owns shapes (padding, buckets, graphs); the engine knows limits only.

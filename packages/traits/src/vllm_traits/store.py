@@ -24,5 +24,5 @@ class BlockStore(Protocol):
         ...
 
     def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> Pending[int]:
-        """Copy device blocks into the store; the result counts the leading blocks that were kept."""
+        """Copy device blocks into the store; the result counts the leading blocks kept."""
         ...

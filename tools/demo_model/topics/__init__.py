@@ -1,0 +1,1 @@
+"""What the demonstration model can talk about, one module per topic."""
