@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from phrasing import Conversation, Message, Phrasings, Split
+from phrasing import Conversation, Message, Phrasings
 from topics import (
     arithmetic,
     memory,
@@ -27,16 +27,12 @@ from topics import (
 
 END = "<|endoftext|>"
 TEMPLATE = Path(__file__).parent / "chat_template.jinja"
-TOPICS = (
-    (product, 30),
-    (smalltalk, 11),
-    (arithmetic, 17),
-    (structured, 13),
-    (tool_calls, 15),
-    (sequences, 12),
-    (stories, 6),
-)
-MODULES, WEIGHTS = zip(*TOPICS, strict=True)
+MODULES = (product, smalltalk, arithmetic, structured, tool_calls, sequences, stories)
+# Shares of the topics. Facts are learned by heart first; skills need more examples than text.
+MIXES = {
+    "facts": (30, 11, 17, 13, 15, 12, 6),
+    "skills": (12, 5, 30, 8, 15, 27, 3),
+}
 
 
 @cache
@@ -65,13 +61,7 @@ def prompt_and_answer(conversation: Conversation) -> tuple[str, str]:
     return prompt, answer.removeprefix("<|im_start|>assistant\n").removesuffix("\n")
 
 
-def single(rng: Random, phrasings: Phrasings) -> Conversation:
-    """A conversation of one topic."""
-    module = rng.choices(MODULES, WEIGHTS)[0]
-    return module.generate(rng, phrasings)
-
-
-def conversation(rng: Random, phrasings: Phrasings) -> Conversation:
+def conversation(rng: Random, phrasings: Phrasings, mix: str) -> Conversation:
     """Mostly one topic; sometimes earlier turns come first, or a question about them."""
     roll = rng.random()
     if roll < 0.05:
@@ -79,7 +69,7 @@ def conversation(rng: Random, phrasings: Phrasings) -> Conversation:
             message for _ in range(rng.choice((0, 0, 1))) for message in _history(rng, phrasings)
         )
         return memory.recall(rng, phrasings, between)
-    last = single(rng, phrasings)
+    last = rng.choices(MODULES, MIXES[mix])[0].generate(rng, phrasings)
     if roll > 0.18 or last.messages[0]["role"] == "system":
         return last
     history = tuple(m for _ in range(rng.choice((1, 1, 2))) for m in _history(rng, phrasings))
@@ -95,15 +85,15 @@ def _history(rng: Random, phrasings: Phrasings) -> tuple[Message, ...]:
     return tuple(m for m in earlier.messages if m["role"] != "system")
 
 
-def documents(seed: int, split: Split = "train") -> Iterator[tuple[str, str]]:
+def documents(seed: int, mix: str = "facts") -> Iterator[tuple[str, str]]:
     """Endless pairs of given text and text to learn; plain text has nothing given."""
-    rng = Random(f"{seed}-{split}")
-    phrasings = Phrasings(rng, split)
+    rng = Random(f"{seed}-{mix}")
+    phrasings = Phrasings(rng, "train")
     while True:
         if rng.random() < 0.05:
             yield "", stories.plain_text(rng) + END
         else:
-            yield prompt_and_answer(conversation(rng, phrasings))
+            yield prompt_and_answer(conversation(rng, phrasings, mix))
 
 
 def held_out(seed: int, count: int) -> list[Conversation]:

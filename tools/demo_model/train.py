@@ -1,6 +1,7 @@
 """Trains the tokenizer, the main model and the draft model, and writes their folders.
 
-    python train.py --output DIR --minutes 46 --draft-minutes 6
+    python train.py --output DIR --minutes 28
+    python train.py --output DIR --resume --mix skills --minutes 36 --draft-minutes 6
 
 The learning rate follows the share of the time budget that is used up, so a slower machine trains
 on less text but ends in the same way.
@@ -17,8 +18,8 @@ from random import Random
 from typing import NamedTuple
 
 import torch
-from corpus import documents
-from model import DRAFT, MAIN, Model, Shape, save
+from corpus import MIXES, documents
+from model import DRAFT, MAIN, Model, Shape, load, save
 from tokenizer import save as save_tokenizer
 from tokenizer import train_tokenizer
 from tokenizers import Tokenizer
@@ -31,9 +32,9 @@ PROMPT_WEIGHT = 0.3  # of a given token in the documents where it counts; a lear
 PROMPT_SHARE = 0.15  # of the documents whose given tokens are learned too
 
 
-def batches(tokenizer: Tokenizer, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(tokenizer: Tokenizer, seed: int, mix: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless pairs of token ids [B, T] and weights [B, T], padded on the right with weight 0."""
-    source, rng = documents(seed), Random(seed)
+    source, rng = documents(seed, mix), Random(seed)
     while True:
         pairs = list(islice(source, POOL))
         given = tokenizer.encode_batch([g for g, _ in pairs])
@@ -92,6 +93,8 @@ class Plan(NamedTuple):
     peak_rate: float
     save_every: float  # minutes
     seed: int
+    mix: str
+    resume: bool
     folder: Path
 
 
@@ -99,13 +102,13 @@ def train(shape: Shape, tokenizer: Tokenizer, plan: Plan) -> None:
     """Train one model for a time budget; save it every few minutes and at the end."""
     torch.manual_seed(plan.seed)
     folder = plan.folder
-    model = Model(shape)
+    model = load(folder).train() if plan.resume else Model(shape)
     print(f"{folder.name}: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     end_ids = [tokenizer.token_to_id(t) for t in ("<|im_end|>", "<|endoftext|>")]
     optimizer_list = optimizers(model, plan.peak_rate)
     began = saved = time.monotonic()
     tokens, mean = 0, 0.0
-    for step, (ids, weights) in enumerate(batches(tokenizer, plan.seed)):
+    for step, (ids, weights) in enumerate(batches(tokenizer, plan.seed, plan.mix)):
         progress = (time.monotonic() - began) / (60 * plan.minutes)
         if progress >= 1:
             break
@@ -129,21 +132,31 @@ def train(shape: Shape, tokenizer: Tokenizer, plan: Plan) -> None:
 
 
 def main() -> None:
-    """Parse the flags and train all three."""
+    """Parse the flags and train what they ask for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder of the main model")
-    parser.add_argument("--minutes", type=float, default=46, help="time for the main model")
-    parser.add_argument("--draft-minutes", type=float, default=6, help="time for the draft model")
-    parser.add_argument("--save-every", type=float, default=5, help="minutes between checkpoints")
+    parser.add_argument("--minutes", type=float, default=28, help="time for the main model")
+    parser.add_argument("--draft-minutes", type=float, default=0, help="time for the draft model")
+    parser.add_argument("--mix", choices=MIXES, default="facts", help="shares of the topics")
+    parser.add_argument("--resume", action="store_true", help="go on with the main model there")
+    parser.add_argument("--save-every", type=float, default=3, help="minutes between checkpoints")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    tokenizer = train_tokenizer(args.seed)
-    save_tokenizer(tokenizer, args.output)
-    draft = args.output / "draft"
-    train(MAIN, tokenizer, Plan(args.minutes, 3e-3, args.save_every, args.seed, args.output))
-    train(DRAFT, tokenizer, Plan(args.draft_minutes, 4e-3, args.save_every, args.seed, draft))
+    if args.resume:
+        tokenizer = Tokenizer.from_file(str(args.output / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(args.seed)
+        save_tokenizer(tokenizer, args.output)
+    peak = 2e-3 if args.resume else 3e-3
+    plan = Plan(args.minutes, peak, args.save_every, args.seed, args.mix, args.resume, args.output)
+    train(MAIN, tokenizer, plan)
+    if args.draft_minutes:
+        draft = plan._replace(
+            minutes=args.draft_minutes, peak_rate=4e-3, resume=False, folder=args.output / "draft"
+        )
+        train(DRAFT, tokenizer, draft)
 
 
 if __name__ == "__main__":
