@@ -1,0 +1,1 @@
+"""Which block holds what: references, content keys, sessions and transfers. No tensors."""

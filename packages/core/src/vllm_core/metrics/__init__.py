@@ -1,0 +1,1 @@
+"""What the engine counts: plain numbers, rendered by others."""
