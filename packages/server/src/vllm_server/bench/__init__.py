@@ -1,0 +1,1 @@
+"""Load generation: against any OpenAI-compatible server, or straight through the engine."""

@@ -1,0 +1,120 @@
+"""Names that other engines and later versions use for features this version does not have.
+
+They are refused with a sentence instead of being accepted and ignored; a value that asks for what
+happens anyway (one device, no quantized cache) passes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """A feature that is not there yet.
+
+    Attributes:
+        feature: What the user would get, for the message.
+        flags: Every spelling of the flag.
+        keys: YAML paths.
+        env: Environment variables.
+        neutral: Values, as lower-case text, that ask for nothing beyond what this version does.
+        switch: Whether the flag takes no value.
+    """
+
+    feature: str
+    flags: tuple[str, ...]
+    keys: tuple[str, ...]
+    env: tuple[str, ...] = ()
+    neutral: tuple[str, ...] = ()
+    switch: bool = False
+
+    def refuses(self, raw: object) -> bool:
+        """Whether the value asks for the feature; null never does."""
+        return raw is not None and _text(raw) not in self.neutral
+
+    @property
+    def message(self) -> str:
+        """The sentence that refuses it."""
+        rest = f" Only {' or '.join(self.neutral)} is accepted." if self.neutral else ""
+        return f"{self.feature} is not available in this version.{rest}"
+
+
+def _text(raw: object) -> str:
+    if isinstance(raw, list):
+        return ",".join(str(item) for item in raw)  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
+    return str(raw).strip().lower()
+
+
+_OFF = ("false",)
+
+UNAVAILABLE = (
+    Unavailable(
+        "Quantizing weights while loading", ("--isq", "--quant"), ("engine.isq", "engine.quant")
+    ),
+    Unavailable("Loading GGUF files", ("--gguf-file", "--f"), ("engine.gguf_file",)),
+    Unavailable("Speculation with a draft model", ("--draft-model",), ("engine.draft_model",)),
+    Unavailable(
+        "An FP8 KV cache",
+        ("--fp8-kvcache",),
+        ("engine.fp8_kvcache",),
+        neutral=_OFF,
+        switch=True,
+    ),
+    Unavailable(
+        "An INT8 KV cache",
+        ("--kv-quantization",),
+        ("engine.kv_quantization",),
+        ("VLLM_KV_QUANTIZATION", "VLLM_LITE_ENGINE_KV_QUANTIZATION"),
+        neutral=("false", "0"),
+        switch=True,
+    ),
+    Unavailable(
+        "A KV cache of another type than the weights",
+        ("--kv-cache-dtype",),
+        ("engine.kv_cache_dtype",),
+        neutral=("auto",),
+    ),
+    Unavailable("Moving KV blocks to host memory", ("--cpu-mem-fold",), ("engine.cpu_mem_fold",)),
+    Unavailable(
+        "Running on another device than the first",
+        ("--device-ids", "--d"),
+        ("engine.device_ids", "engine.d"),
+        neutral=("0",),
+    ),
+    Unavailable(
+        "Tensor parallelism",
+        ("--tensor-parallel-size", "-tp"),
+        ("engine.tensor_parallel_size",),
+        ("VLLM_TENSOR_PARALLEL_SIZE", "VLLM_LITE_ENGINE_TENSOR_PARALLEL_SIZE"),
+        neutral=("1",),
+    ),
+    Unavailable(
+        "Switching graphs off, because nothing is captured yet,",
+        ("--enforce-eager",),
+        ("engine.enforce_eager",),
+        neutral=_OFF,
+        switch=True,
+    ),
+    Unavailable(
+        "The prefill server of a prefill/decode pair",
+        ("--pd-server",),
+        ("pd.server",),
+        neutral=_OFF,
+        switch=True,
+    ),
+    Unavailable(
+        "The decode client of a prefill/decode pair",
+        ("--pd-client",),
+        ("pd.client",),
+        neutral=_OFF,
+        switch=True,
+    ),
+    Unavailable(
+        "A prefill/decode pair",
+        ("--pd-url", "--pd-role", "--pd-secret"),
+        ("pd.url", "pd.role", "pd.secret"),
+        ("VLLM_PD_SECRET",),
+    ),
+    Unavailable("A port of its own for metrics", ("--metrics-port",), ("server.metrics_port",)),
+)

@@ -1,0 +1,177 @@
+"""`/v1/chat/completions`, plain and streamed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from vllm_traits import TokenLogprobs
+
+from vllm_server.openai.choice import Choice, Delta, chat_choice, usage_of
+from vllm_server.openai.chunks import Chunks, chat_delta, chat_finish, chat_first
+from vllm_server.openai.deltas import deltas
+from vllm_server.openai.generation import Plan
+from vllm_server.openai.logprobs import TokenNames, chat_entries, prompt_entries
+from vllm_server.openai.prompts import Encoded, encode_messages
+from vllm_server.openai.requests import cut_prompts, make_plan, read, service_of, warning_headers
+from vllm_server.openai.sampling import check_model, check_stream, sampling_params
+from vllm_server.openai.schema import ChatRequest
+from vllm_server.ops.events import EventStream
+from vllm_server.ops.exchange import Reply
+from vllm_server.ops.routes import Call
+from vllm_server.service import Service
+from vllm_server.text.reasoning import Parts
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything one chat request needs while it runs."""
+
+    call: Call
+    service: Service
+    request: ChatRequest
+    model: str
+    prompt: Encoded
+    plan: Plan
+    choices: Sequence[Choice]
+    names: TokenNames
+
+
+async def chat(call: Call) -> Reply | EventStream:
+    """Answer a conversation."""
+    service = service_of(call)
+    warnings: list[str] = []
+    request = await read(call, ChatRequest, "chat", warnings)
+    model = check_model(request.model, service.card)
+    check_stream(request)
+    params = sampling_params(request, service, call.state.settings)
+    encoded = await encode_messages(call.state, service.tokenizer, service.card, request, warnings)
+    [prompt] = cut_prompts([encoded], request, service)
+    plan = make_plan(call, service, request, params, [prompt])
+    choices = [chat_choice(request, service, prompt) for _ in range(plan.n)]
+    names = TokenNames(service.tokenizer, request.return_tokens_as_token_ids)
+    job = _Job(call, service, request, model, prompt, plan, choices, names)
+    headers = warning_headers(warnings)
+    if request.stream:
+        return EventStream(_stream(job), headers)
+    return Reply(msgspec.json.encode(await _answer(job)), headers=headers)
+
+
+async def _answer(job: _Job) -> dict[str, Any]:
+    collected = [_Collected() for _ in job.choices]
+    async with aclosing(deltas(job.call, job.service, job.plan, job.choices)) as news:
+        async for index, delta in news:
+            collected[index].add(delta)
+    answer: dict[str, Any] = {
+        "id": job.plan.id,
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": job.model,
+        "system_fingerprint": job.service.card.fingerprint,
+        "choices": [_choice(job, i, found) for i, found in enumerate(collected)],
+        "usage": usage_of(job.choices, job.plan.n).body(),
+        **_about_prompt(job),
+    }
+    if job.request.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = prompt_entries(collected[0].prompt_logprobs, job.names)
+    return answer
+
+
+class _Collected:
+    """A choice of a plain answer."""
+
+    def __init__(self) -> None:
+        self.reasoning: list[str] = []
+        self.content: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: Sequence[TokenLogprobs | None] = ()
+
+    def add(self, delta: Delta) -> None:
+        """Take news."""
+        self.reasoning.append(delta.parts.reasoning)
+        self.content.append(delta.parts.content)
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+
+
+def _choice(job: _Job, index: int, found: _Collected) -> dict[str, Any]:
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": "".join(found.content),
+        "refusal": None,
+    }
+    reasoning = "".join(found.reasoning)
+    if reasoning:
+        message["reasoning"] = message["reasoning_content"] = reasoning
+    choice = job.choices[index]
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": None,
+        "finish_reason": choice.finish_reason,
+        "stop_reason": choice.answer.stop_reason,
+        **_extra(job, found.logprobs, found.token_ids),
+    }
+
+
+def _extra(
+    job: _Job, logprobs: Sequence[TokenLogprobs], token_ids: Sequence[int]
+) -> dict[str, Any]:
+    """Members of a choice that were asked for."""
+    found: dict[str, Any] = {}
+    if job.request.logprobs:
+        found["logprobs"] = {"content": chat_entries(logprobs, job.names), "refusal": None}
+    if job.request.return_token_ids:
+        found["token_ids"] = token_ids
+    return found
+
+
+def _about_prompt(job: _Job) -> dict[str, Any]:
+    """Members of the answer that were asked for."""
+    found: dict[str, Any] = {}
+    if job.request.return_token_ids:
+        found["prompt_token_ids"] = job.prompt.ids
+    if job.request.return_prompt_text:
+        tokenizer = job.service.tokenizer
+        found["prompt_text"] = job.prompt.text or tokenizer.decode(job.prompt.ids, False)
+    return found
+
+
+async def _stream(job: _Job) -> AsyncGenerator[bytes, None]:
+    options = job.request.stream_options
+    with_usage = options is not None and options.include_usage
+    continuous = options is not None and options.continuous_usage_stats
+    card = job.service.card
+    chunks = Chunks(job.plan.id, "chat.completion.chunk", job.model, card.fingerprint, with_usage)
+    begun: set[int] = set()
+    async with aclosing(deltas(job.call, job.service, job.plan, job.choices)) as news:
+        async for index, delta in news:
+            usage = usage_of(job.choices, job.plan.n).body() if continuous else None
+            events = _events(job, chunks, index, delta, usage)
+            if index not in begun:
+                begun.add(index)
+                events.insert(0, chunks.choice(chat_first(index, {}), usage, _about_prompt(job)))
+            if events:
+                yield b"".join(events)
+    if with_usage:
+        yield chunks.usage(usage_of(job.choices, job.plan.n).body())
+
+
+def _events(
+    job: _Job, chunks: Chunks, index: int, delta: Delta, usage: Mapping[str, Any] | None
+) -> list[bytes]:
+    events: list[bytes] = []
+    extra = _extra(job, delta.logprobs, delta.token_ids)
+    if delta.parts != Parts() or (extra and (delta.logprobs or job.request.return_token_ids)):
+        events.append(chunks.choice(chat_delta(index, delta.parts, extra), usage))
+    if delta.is_final:
+        choice = job.choices[index]
+        finish = chat_finish(index, choice.finish_reason, choice.answer.stop_reason)
+        events.append(chunks.choice(finish, usage))
+    return events

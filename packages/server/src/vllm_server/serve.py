@@ -1,0 +1,188 @@
+"""The life of the server process: listen, load, serve, drain, end.
+
+Knows signals, the event loop and uvicorn; what is served is `vllm_server.app`'s business, and what
+answers it `vllm_server.launch`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Generator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from vllm_core import AsyncEngine
+from vllm_models import LoadProgress
+from vllm_traits import ConfigError, VllmLiteError
+
+from vllm_server.app import create_app
+from vllm_server.banner import banner, exposure_warning
+from vllm_server.config import Settings
+from vllm_server.launch import make_service, start_engine, start_loading
+from vllm_server.listen import addresses
+from vllm_server.ops.http_protocol import uvicorn_config
+from vllm_server.progress import Stopwatch, shown_progress
+from vllm_server.service import Mode, ServerState
+
+log = logging.getLogger(__name__)
+
+CLEAN, INTERRUPTED = 0, 130
+# Share of the whole start that lies behind when a stage begins, and its own share.
+_STAGES = {"download": (0.0, 0.5), "load": (0.5, 0.4), "warm-up": (0.9, 0.1)}
+_FLUSH_SECONDS = 2.0  # for the last events of streams that were cut off
+
+
+class Server:
+    """One run of the server.
+
+    Args:
+        settings: The checked configuration.
+        listener: A listening socket; closed at the end.
+    """
+
+    def __init__(self, settings: Settings, listener: socket.socket) -> None:
+        self.settings = settings
+        self.state = ServerState(settings, self._shutdown_requested)
+        self._listener = listener
+        self._uvicorn = _Uvicorn(
+            uvicorn_config(create_app(self.state), settings.server, timeout_graceful_shutdown=1)
+        )
+        self._engine: AsyncEngine | None = None
+        self._end: asyncio.Future[tuple[Mode, float]]
+        self._hurry: asyncio.Future[int]
+
+    async def run(self) -> int:
+        """Serve until a signal or a request ends it; the exit code.
+
+        Raises:
+            VllmLiteError: The model could not be loaded.
+        """
+        loop = asyncio.get_running_loop()
+        self._end, self._hurry = loop.create_future(), loop.create_future()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_keys)
+        serving = asyncio.create_task(self._uvicorn.serve([self._listener]))
+        try:
+            if await self._load():
+                await self._end
+            return await self._finish()
+        finally:
+            self._uvicorn.should_exit = True
+            self._uvicorn.force_exit = True
+            await serving
+            self.state.close()
+            if self.settings.server.uds:
+                Path(self.settings.server.uds).unlink(missing_ok=True)
+
+    async def _load(self) -> bool:
+        """Load the model; false if the end was asked for first."""
+        with shown_progress() as show:
+            watch = Stopwatch(show)
+            loading = asyncio.wrap_future(
+                start_loading(self.settings, lambda news: self._note(news, watch))
+            )
+            await _first(loading, self._end)
+        if self._end.done():
+            loading.cancel()
+            return False
+        try:
+            model = loading.result()
+        except VllmLiteError:
+            self.state.mark_dead()
+            raise
+        self._engine = start_engine(model)
+        service = make_service(self.settings, model, self._engine)
+        self.state.complete(service)
+        watch.stop()
+        where = addresses(self.settings.server, self._listener)
+        for line in banner(self.settings, service.card.id, model.memory, watch.seconds, where):
+            log.info("%s", line)
+        return True
+
+    def _note(self, news: LoadProgress, watch: Stopwatch) -> None:
+        behind, share = _STAGES[news.stage]
+        self.state.progress = behind + share * news.fraction
+        watch(news)
+
+    async def _finish(self) -> int:
+        """Let running streams end, or cut them off when time or patience is over."""
+        mode, seconds = self._end.result()
+        self.state.start_drain()
+        if mode == "drain" and self.state.num_open:
+            log.info("Draining %d requests, %g s at most", self.state.num_open, seconds)
+            await _first(asyncio.ensure_future(self.state.wait_idle(seconds)), self._hurry)
+        if self._engine is not None:
+            if self.state.num_open:
+                log.warning("Cutting off %d requests", self.state.num_open)
+            await asyncio.to_thread(self._engine.close)
+            await self.state.wait_idle(_FLUSH_SECONDS)
+        log.info("Stopped")
+        return self._hurry.result() if self._hurry.done() else CLEAN
+
+    def _on_signal(self, number: int) -> None:
+        """The first signal drains, the second one cuts off."""
+        if not self._end.done():
+            log.info("%s: no new work is accepted", signal.Signals(number).name)
+            self._shutdown_requested("drain", self.settings.server.shutdown_timeout_secs)
+        elif not self._hurry.done():
+            self._hurry.set_result(INTERRUPTED)
+        else:
+            os._exit(INTERRUPTED)
+
+    def _shutdown_requested(self, mode: Mode, seconds: float) -> None:
+        """By a signal or over HTTP; whoever asks again wants it now."""
+        if not self._end.done():
+            self.state.start_drain()
+            self._end.set_result((mode, seconds))
+        elif not self._hurry.done():
+            self._hurry.set_result(CLEAN)
+
+    def _reload_keys(self) -> None:
+        try:
+            self.state.keys.reload()
+            log.info("Read the API keys again: %d", len(self.state.keys))
+        except ConfigError as error:
+            log.error("The API keys stay as they are: %s", error)
+
+
+async def _first(work: asyncio.Future[Any], other: asyncio.Future[Any]) -> None:
+    """Wait until one of two is done, or both."""
+    await asyncio.wait({work, other}, return_when=asyncio.FIRST_COMPLETED)
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def serve(settings: Settings, listener: socket.socket) -> int:
+    """Run a server in this thread until it ends; the exit code.
+
+    Raises:
+        VllmLiteError: The model could not be loaded.
+    """
+    warning = exposure_warning(settings)
+    if warning:
+        log.warning("%s", warning)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(Server(settings, listener).run())
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop where it is installed."""
+    if find_spec("uvloop") is None:
+        return asyncio.new_event_loop
+    import uvloop
+
+    return uvloop.new_event_loop

@@ -1,0 +1,147 @@
+"""A tiny byte-level tokenizer, and a server over a backend that answers with prepared tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from vllm_core import AsyncEngine, SchedulerConfig
+from vllm_core.testing import FakeBackend
+from vllm_core.testing.fake import INFO
+from vllm_server.app import create_app
+from vllm_server.config.schema import SamplingSettings, Settings
+from vllm_server.service import ModelCard, ServerState, Service
+from vllm_server.text.tokenizer import Tokenizer as TextTokenizer
+
+SPECIALS = ["<|end|>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking %}{{ '<think>\n' }}{% endif %}"
+    "{% endif %}{# </think> #}"
+)
+
+
+def build_tokenizer(folder: Path, template: str = CHATML) -> Path:
+    """Ids 0-2 are special, 3 and 4 the reasoning markers, then one id for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*SPECIALS, "<think>", "</think>", *alphabet]
+    source = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    source.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    source.decoder = decoders.ByteLevel()
+    source.add_special_tokens([AddedToken(word, special=True) for word in SPECIALS])
+    source.add_tokens([AddedToken(word, special=False) for word in ("<think>", "</think>")])
+    source.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|end|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> TextTokenizer:
+    return TextTokenizer(tokenizer_folder)
+
+
+@dataclass
+class Harness:
+    """A server without a socket."""
+
+    state: ServerState
+    engine: AsyncEngine
+    backend: FakeBackend
+    app: Any
+    client: TestClient
+    shutdowns: list[tuple[str, float]] = field(default_factory=list)
+
+    def chat(self, text: str = "hi", **more: Any) -> Any:
+        body = {"messages": [{"role": "user", "content": text}], **more}
+        return self.client.post("/v1/chat/completions", json=body)
+
+    def complete(self, prompt: Any = "hi", **more: Any) -> Any:
+        return self.client.post("/v1/completions", json={"prompt": prompt, **more})
+
+    def events(self, path: str, body: dict[str, Any]) -> list[Any]:
+        """Payloads of a stream, the end mark as text."""
+        response = self.client.post(path, json={**body, "stream": True})
+        assert response.status_code == 200, response.text
+        blocks = [b for b in response.text.split("\n\n") if b and not b.startswith(":")]
+        assert blocks[-1] == "data: [DONE]"
+        return [json.loads(b.removeprefix("data: ")) for b in blocks[:-1]]
+
+    def stream_chat(self, text: str = "hi", **more: Any) -> list[Any]:
+        body = {"messages": [{"role": "user", "content": text}], **more}
+        return self.events("/v1/chat/completions", body)
+
+
+Make = Callable[..., Harness]
+
+
+@pytest.fixture
+def serve(tokenizer: TextTokenizer) -> Iterator[Make]:
+    """Builds servers; after the test nothing may be left running in any of them."""
+    made: list[Harness] = []
+
+    def make(
+        answer: str | Callable[[tuple[int, ...]], tuple[int, ...]] = "Hello!",
+        settings: Settings | None = None,
+        text: TextTokenizer | None = None,
+        clock: Callable[[], float] | None = None,
+        scheduler: SchedulerConfig | None = None,
+        client: tuple[str, int] = ("127.0.0.1", 50000),
+        loaded: bool = True,
+        defaults: SamplingSettings | None = None,
+        step_seconds: float = 0.0,
+        card: dict[str, Any] | None = None,
+        **info: Any,
+    ) -> Harness:
+        text = text or tokenizer
+        script = text.encode(answer, False) if isinstance(answer, str) else None
+        reply = answer if script is None else lambda prompt: tuple(script)
+        backend = FakeBackend(reply, replace(INFO, **info), step_seconds=step_seconds, record=True)
+        engine = AsyncEngine(backend, scheduler or SchedulerConfig())
+        engine.start()
+        shutdowns: list[tuple[str, float]] = []
+        more = {} if clock is None else {"clock": clock}
+        state = ServerState(
+            settings or Settings(), lambda mode, s: shutdowns.append((mode, s)), **more
+        )
+        card = {
+            "names": ("tiny", "org/tiny"),
+            "root": "tiny",
+            "max_model_len": backend.info.max_model_len,
+            "vocab_size": backend.info.vocab_size,
+            "fingerprint": "vllm-lite-0.1.0-00000000",
+            "hidden_size": 8,
+            **(card or {}),
+        }
+        if loaded:
+            state.complete(
+                Service(engine, text, ModelCard(**card), defaults or SamplingSettings())
+            )
+        app = create_app(state)
+        client_ = TestClient(
+            app, base_url="http://localhost", client=client, raise_server_exceptions=True
+        )
+        made.append(Harness(state, engine, backend, app, client_, shutdowns))
+        return made[-1]
+
+    yield make
+    for each in made:
+        assert asyncio.run(each.engine.drain(10)), "a request is still running"
+        stats = each.engine.snapshot()
+        each.engine.close()
+        each.state.close()
+        assert (stats.num_in_flight, stats.kv_usage, each.state.num_open) == (0, 0.0, 0)
+        assert each.state.running == set()
