@@ -1,0 +1,1 @@
+"""Figures of the engine core, standard library only."""

@@ -1,0 +1,164 @@
+"""The torch backend: a model behind the engine's protocol, and how one is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+import torch
+from vllm_traits import (
+    BackendError,
+    BackendInfo,
+    Batch,
+    BlockStore,
+    Chunk,
+    InFlight,
+    PoolingParams,
+    SamplingParams,
+    Start,
+)
+
+from vllm_models.components.decoder import Decoder
+from vllm_models.config import ModelConfig
+from vllm_models.device import pick_device, pick_dtype, set_threads
+from vllm_models.options import BackendOptions, LoadProgress, OnProgress, ignore_progress
+from vllm_models.pooling_config import default_pooling
+from vllm_models.registry import find_architecture
+from vllm_models.runner.memory import MemoryReport, allocate_kv, kv_group, plan_memory
+from vllm_models.runner.rows import Rows
+from vllm_models.runner.runner import Runner
+from vllm_models.weights.checkpoint import fingerprint
+from vllm_models.weights.load import build_model, load_weights
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint says that is not for the engine but for the server.
+
+    Attributes:
+        config: The model's shape.
+        memory: What was allocated.
+        default_pooling: Of a sentence-transformers checkpoint; None for others.
+    """
+
+    config: ModelConfig
+    memory: MemoryReport
+    default_pooling: PoolingParams | None
+
+
+class TorchBackend:
+    """Runs batches synchronously on one device; implements `vllm_traits.ModelBackend`.
+
+    Args:
+        runner: Rows, pool and model.
+        info: Limits for the engine.
+        loaded: What else is known about the checkpoint.
+    """
+
+    def __init__(self, runner: Runner, info: BackendInfo, loaded: Loaded) -> None:
+        self._runner: Runner | None = runner
+        self._info = info
+        self.loaded = loaded
+
+    @property
+    def info(self) -> BackendInfo:
+        """Limits; constant."""
+        return self._info
+
+    @property
+    def stores(self) -> Sequence[BlockStore]:
+        """No other place holds blocks."""
+        return ()
+
+    @property
+    def memory(self) -> MemoryReport:
+        """What was allocated, for the banner at the start."""
+        return self.loaded.memory
+
+    def forward(self, batch: Batch) -> InFlight:
+        """Compute a batch before returning, sampling included unless a chunk is masked.
+
+        Raises:
+            BackendError: The device failed, or the batch breaks a rule of the protocol.
+        """
+        if self._runner is None:
+            raise BackendError("The backend is closed.")
+        try:
+            return self._runner.forward(batch)
+        except (RuntimeError, IndexError) as error:
+            raise BackendError(f"Step {batch.step} failed on the device: {error}") from error
+
+    def close(self) -> None:
+        """Drop weights, rows and the KV pool."""
+        self._runner = None
+
+
+def load_backend(options: BackendOptions, on_progress: OnProgress | None = None) -> TorchBackend:
+    """Load a checkpoint, size and allocate the KV pool, and run one warm-up step of every kind.
+
+    Args:
+        options: What to load and how much it may hold.
+        on_progress: Told about every stage.
+
+    Raises:
+        ModelError: The checkpoint cannot be loaded.
+        ConfigError: An option does not fit the model.
+        DeviceError: The device is missing or too small.
+    """
+    report = on_progress or ignore_progress
+    config = ModelConfig.from_folder(options.model)
+    architecture = find_architecture(config.architecture)
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, config, device)
+    model = build_model(architecture, config, dtype, device)
+    load_weights(model, options.model, report)
+    set_threads(options.threads, device, _num_bytes(model))
+    memory = plan_memory(options, config, dtype, device, _num_bytes(model))
+    backend = _assemble(options, config, model, memory)
+    _warm_up(backend, report)
+    return backend
+
+
+def _num_bytes(model: Decoder) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _assemble(
+    options: BackendOptions, config: ModelConfig, model: Decoder, memory: MemoryReport
+) -> TorchBackend:
+    dtype, device = getattr(torch, memory.dtype), torch.device(memory.device)
+    group = kv_group(config, options.block_size, dtype)
+    kv = allocate_kv(group, memory.num_blocks, options.block_size, dtype, device)
+    max_sequences = options.max_sequences
+    rows = Rows(max_sequences, memory.max_model_len, kv, config.vocab_size, config.eos_token_ids)
+    layout = f"{memory.dtype}:{options.block_size}:{tuple(kv.shape[3:])}"
+    info = BackendInfo(
+        num_blocks=memory.num_blocks,
+        block_size=options.block_size,
+        max_model_len=memory.max_model_len,
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        max_sequences=max_sequences,
+        max_batch_tokens=options.max_batch_tokens,
+        kv_groups=(group,),
+        fingerprint=sha256(fingerprint(options.model) + layout.encode()).digest(),
+    )
+    loaded = Loaded(config, memory, default_pooling(options.model))
+    return TorchBackend(Runner(model, kv, rows), info, loaded)
+
+
+def _warm_up(backend: TorchBackend, on_progress: OnProgress) -> None:
+    """A prompt and a decode, greedy and sampled, so that no first request pays for set-up."""
+    info = backend.info
+    length = max(1, min(info.block_size, info.max_model_len - 1, info.max_batch_tokens))
+    kinds = (SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_p=0.9))
+    for seq_id, params in enumerate(kinds):
+        on_progress(LoadProgress("warm-up", seq_id / len(kinds)))
+        start = Start(seq_id, (0,) * length, params, num_prompt_tokens=length)
+        blocks = tuple(range(min(2, info.num_blocks)))
+        backend.forward(Batch((Chunk(seq_id, 0, length, blocks),), (start,))).result()
+        if length < len(blocks) * info.block_size:
+            backend.forward(Batch((Chunk(seq_id, length, 1),))).result()
+        backend.forward(Batch((), released=(seq_id,))).result()
+    on_progress(LoadProgress("warm-up", 1.0))

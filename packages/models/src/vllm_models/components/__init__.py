@@ -1,0 +1,1 @@
+"""Layers that architectures are composed of. They know shapes and weights, not batches."""

@@ -1,0 +1,51 @@
+"""Self-attention with grouped heads over the paged KV of one layer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vllm_models.components.context import ForwardContext
+from vllm_models.components.linear import Linear
+from vllm_models.components.norm import RMSNorm
+from vllm_models.components.rotary import Rotation
+from vllm_models.config import ModelConfig
+from vllm_models.kernels.kv_write import kv_write
+from vllm_models.kernels.paged_attention import paged_attention
+
+
+class Attention(nn.Module):
+    """Project, rotate, remember, attend, project back.
+
+    Args:
+        c: Shape of the model.
+        layer: Whose KV is read and written.
+        qk_norm: Normalise each query and key head before the rotation.
+    """
+
+    def __init__(self, c: ModelConfig, layer: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
+        self.head_dim = c.head_dim
+        self.scale = c.head_dim**-0.5
+        widths = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
+        self.qkv_proj = Linear(
+            c.hidden_size,
+            {name: heads * c.head_dim for name, heads in widths.items()},
+            bias=c.attention_bias,
+        )
+        self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if qk_norm else None
+
+    def forward(self, x: Tensor, rotate: Rotation, ctx: ForwardContext) -> Tensor:
+        """[T, M] -> [T, M]."""
+        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)  # [T, H + 2K, D]
+        q, k, v = qkv.split(self.heads, dim=1)  # [T, H, D], [T, K, D], [T, K, D]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q), rotate(k)
+        keys, values = ctx.kv[self.layer]
+        kv_write(k, v, keys, values, ctx.slot_mapping)
+        out = paged_attention(q, keys, values, ctx.attention, self.scale)  # [T, H, D]
+        return self.o_proj(out.flatten(1))

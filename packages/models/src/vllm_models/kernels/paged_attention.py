@@ -1,0 +1,203 @@
+"""Causal attention of a ragged batch over KV blocks.
+
+q [T, H, D]; keys, values [B, P, K, D] -> [T, H, D]. Every sequence owns a span of consecutive
+queries, the last `num_queries` positions of its context:
+
+    positions   0 ........ context_length - num_queries ........ context_length - 1
+                [ read from blocks only ][ queries of this step, written before ]
+
+`prepare` is called once per step, `paged_attention` once per layer. Spans of a few queries (decodes
+and drafts) are computed together, padded to the longest context of their group; longer spans
+(prompts) one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SHORT_SPAN = 4  # queries; above it a span is worth a call of its own
+GROUP_POSITIONS = 8192  # gathered per group: keeps the gathered keys in the processor's cache
+
+
+class Span(NamedTuple):
+    """One sequence's queries in a step.
+
+    Attributes:
+        row: Which block table is its own.
+        num_queries: At least 1.
+        context_length: Positions it sees, its own queries included.
+    """
+
+    row: int
+    num_queries: int
+    context_length: int
+
+
+class Group(NamedTuple):
+    """Single queries that are computed together, each with its own blocks and length."""
+
+    queries: Tensor | None  # [G] places in T, None if they are all of T in order
+    blocks: Tensor  # [G * N]
+    mask: Tensor  # [G, 1, 1, N * P] added to the scores
+
+
+class Prompt(NamedTuple):
+    """Consecutive queries of one sequence."""
+
+    queries: slice
+    context_length: int
+    blocks: Tensor  # [N]
+    mask: Tensor | None  # [num_queries, context_length]; None is the plain triangle
+
+
+class Prepared(NamedTuple):
+    """The shape of a step's attention, the same in every layer."""
+
+    groups: tuple[Group, ...]
+    prompts: tuple[Prompt, ...]
+
+
+def prepare(
+    spans: Sequence[Span], block_tables: Tensor, block_size: int, dtype: torch.dtype
+) -> Prepared:
+    """Decide which queries are computed together.
+
+    Args:
+        spans: In the order of the queries.
+        block_tables: [rows, N]; entries past a sequence's end must be valid blocks.
+        block_size: Positions per block.
+        dtype: Of the queries.
+    """
+    singles: list[tuple[int, int, int]] = []  # context length, place in T, row
+    prompts: list[Prompt] = []
+    place = 0
+    for row, num_queries, length in spans:
+        if num_queries <= SHORT_SPAN:
+            first = length - num_queries + 1
+            singles += [(first + i, place + i, row) for i in range(num_queries)]
+        else:
+            table = block_tables[row, : -(-length // block_size)]
+            mask = None if length == num_queries else _mask(num_queries, length, dtype, table)
+            prompts.append(Prompt(slice(place, place + num_queries), length, table, mask))
+        place += num_queries
+    groups = _group(singles, block_tables, block_size, dtype, in_order=not prompts)
+    return Prepared(tuple(groups), tuple(prompts))
+
+
+def _mask(num_queries: int, length: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    hidden = torch.full((num_queries, length), -torch.inf, dtype=dtype, device=like.device)
+    return hidden.triu_(length - num_queries + 1)
+
+
+def _group(
+    singles: list[tuple[int, int, int]],
+    block_tables: Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+    in_order: bool,
+) -> list[Group]:
+    """Queries of similar context share a group, so that little is padding."""
+    longest = max((length for length, _, _ in singles), default=0)
+    if len(singles) * longest > GROUP_POSITIONS:
+        singles = sorted(singles, reverse=True)
+        in_order = False
+    device = block_tables.device
+    groups: list[Group] = []
+    while singles:
+        num_blocks = -(-max(length for length, _, _ in singles) // block_size)
+        size = (
+            max(1, GROUP_POSITIONS // (num_blocks * block_size)) if not in_order else len(singles)
+        )
+        members, singles = singles[:size], singles[size:]
+        table = torch.tensor(
+            [(length, place, row) for length, place, row in members], device=device
+        )
+        lengths, places, rows = table.unbind(1)
+        positions = torch.arange(num_blocks * block_size, device=device)
+        mask = torch.zeros(len(members), len(positions), dtype=dtype, device=device)
+        mask.masked_fill_(positions >= lengths[:, None], -torch.inf)
+        blocks = block_tables[rows, :num_blocks].flatten()
+        groups.append(Group(None if in_order else places, blocks, mask[:, None, None]))
+    return groups
+
+
+def paged_attention(
+    q: Tensor, keys: Tensor, values: Tensor, prepared: Prepared, scale: float
+) -> Tensor:
+    """Attend from every query of the step to the blocks of its sequence.
+
+    Args:
+        q: [T, H, D].
+        keys: [B, P, K, D].
+        values: [B, P, K, D].
+        prepared: From `prepare`.
+        scale: Multiplies the scores.
+    """
+    groups, prompts = prepared
+    if len(groups) == 1 and groups[0].queries is None:
+        return _attend_group(q, keys, values, groups[0], scale)
+    out = torch.empty_like(q)
+    for group in groups:
+        members = q.index_select(0, group.queries)
+        out.index_copy_(0, group.queries, _attend_group(members, keys, values, group, scale))
+    for prompt in prompts:
+        out[prompt.queries] = _attend_prompt(q[prompt.queries], keys, values, prompt, scale)
+    return out
+
+
+def _attend_group(q: Tensor, keys: Tensor, values: Tensor, group: Group, scale: float) -> Tensor:
+    """The query heads of one kv head stand in the place of query positions: nothing is repeated."""
+    num_queries, num_kv_heads, head_dim = len(q), keys.shape[2], keys.shape[3]
+    folded = q.reshape(num_queries, num_kv_heads, -1, head_dim)  # [G, K, H/K, D]
+    shape = (num_queries, -1, num_kv_heads, head_dim)
+    k = keys.index_select(0, group.blocks).view(shape).transpose(1, 2)  # [G, K, N*P, D]
+    v = values.index_select(0, group.blocks).view(shape).transpose(1, 2)
+    mask = group.mask.expand(-1, 1, folded.shape[2], -1)
+    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale).view(q.shape)
+
+
+def _attend_prompt(q: Tensor, keys: Tensor, values: Tensor, prompt: Prompt, scale: float) -> Tensor:
+    """Kv heads stand in the place of the batch, and each is shared by its query heads."""
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads = keys.shape[2]
+    length = prompt.context_length
+    shared = (num_kv_heads, num_heads // num_kv_heads, length, head_dim)
+    folded = q.transpose(0, 1).reshape(num_kv_heads, -1, num_queries, head_dim)  # [K, H/K, T, D]
+    k = keys.index_select(0, prompt.blocks).flatten(0, 1)[:length].transpose(0, 1)  # [K, L, D]
+    v = values.index_select(0, prompt.blocks).flatten(0, 1)[:length].transpose(0, 1)
+    out = F.scaled_dot_product_attention(
+        folded,
+        k[:, None].expand(shared),
+        v[:, None].expand(shared),
+        attn_mask=prompt.mask,
+        is_causal=prompt.mask is None,
+        scale=scale,
+    )
+    return out.flatten(0, 1).transpose(0, 1)
+
+
+def reference(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    spans: Sequence[Span],
+    block_tables: Tensor,
+    scale: float,
+) -> Tensor:
+    """The textbook form: one query and one head at a time, in float32."""
+    out, place = torch.empty_like(q), 0
+    repeats = q.shape[1] // keys.shape[2]
+    for row, num_queries, length in spans:
+        k, v = (kv[block_tables[row]].flatten(0, 1).float() for kv in (keys, values))
+        for index in range(num_queries):
+            visible = length - num_queries + index + 1
+            for head in range(q.shape[1]):
+                scores = k[:visible, head // repeats] @ q[place, head].float() * scale
+                out[place, head] = scores.softmax(0) @ v[:visible, head // repeats]
+            place += 1
+    return out

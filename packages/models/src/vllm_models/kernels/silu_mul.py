@@ -1,0 +1,22 @@
+"""Gated activation: silu(gate) * up, where gate and up are the two halves of the last dimension.
+
+gate_up [T, 2F] -> [T, F].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """Activate the first half and multiply it by the second."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def reference(gate_up: Tensor) -> Tensor:
+    """The textbook form."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)

@@ -1,0 +1,105 @@
+"""What the user may choose about a backend, and how loading reports its progress.
+
+Plain data without torch, so that a command line can be parsed and checked in no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from vllm_traits import ConfigError
+
+DTYPES = {
+    "auto": "auto",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "f16": "float16",
+    "float16": "float16",
+    "half": "float16",
+    "f32": "float32",
+    "float32": "float32",
+    "float": "float32",
+}
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """How a model is loaded and how much it may hold.
+
+    Attributes:
+        model: Local folder of the checkpoint, see `resolve_model`.
+        dtype: Element type of weights, activations and KV: auto, bf16, f16 or f32 (or a long name).
+        device: auto, cpu, cuda or mps, optionally with an index such as cuda:1.
+        num_blocks: KV blocks; None sizes the pool from memory.
+        block_size: Positions per block.
+        memory_fraction: Share of the free memory that weights and KV may use together.
+        kv_cache_memory: Bytes for KV, instead of a fraction.
+        max_model_len: Longest sequence; None takes the model's own limit, or less if memory is
+            short.
+        max_sequences: Sequences held at once.
+        max_batch_tokens: Positions computed in one step.
+        threads: CPU threads; None is one for a small model and torch's own choice for others.
+
+    Raises:
+        ConfigError: A value that can never work.
+    """
+
+    model: Path
+    dtype: str = "auto"
+    device: str = "auto"
+    num_blocks: int | None = None
+    block_size: int = 16
+    memory_fraction: float = 0.9
+    kv_cache_memory: int | None = None
+    max_model_len: int | None = None
+    max_sequences: int = 256
+    max_batch_tokens: int = 2048
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what can never work."""
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}, but must be one of {', '.join(DTYPES)}.")
+        if self.device.split(":")[0] not in DEVICES:
+            raise ConfigError(
+                f"device is {self.device!r}, but must be one of {', '.join(DEVICES)}."
+            )
+        if not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"memory_fraction is {self.memory_fraction}, but must be in (0, 1].")
+        for name in (
+            "num_blocks",
+            "block_size",
+            "kv_cache_memory",
+            "max_model_len",
+            "max_sequences",
+            "max_batch_tokens",
+            "threads",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, but must be at least 1.")
+
+
+class LoadProgress(NamedTuple):
+    """Where loading stands.
+
+    Attributes:
+        stage: What is being done.
+        fraction: Of this stage, 0 to 1.
+        detail: A file name or a short remark for people.
+    """
+
+    stage: Literal["download", "load", "warm-up"]
+    fraction: float
+    detail: str = ""
+
+
+OnProgress = Callable[[LoadProgress], None]
+
+
+def ignore_progress(_: LoadProgress) -> None:
+    """Report progress to nobody."""

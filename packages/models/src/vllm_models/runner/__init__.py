@@ -1,0 +1,1 @@
+"""From a batch to tokens: rows, inputs, the forward pass, sampling and pooling."""

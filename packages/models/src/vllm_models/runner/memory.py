@@ -1,0 +1,179 @@
+"""How many KV blocks fit, and the pool they live in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from vllm_traits import ConfigError, DeviceError, KVGroup
+
+from vllm_models.config import ModelConfig
+from vllm_models.device import free_memory
+from vllm_models.options import BackendOptions
+
+_ACTIVATION_WIDTHS = 6  # live activations of a layer at once, in units of its widest part
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What a backend holds, for the banner at the start.
+
+    Attributes:
+        num_blocks: KV blocks in the pool.
+        block_size: Positions per block.
+        bytes_per_block: Of all layers together.
+        weight_bytes: Size of the parameters.
+        dtype: Element type of weights, activations and KV.
+        device: Where they are.
+        max_model_len: Longest sequence in tokens.
+        notes: What was decided for the user, in sentences.
+    """
+
+    num_blocks: int
+    block_size: int
+    bytes_per_block: int
+    weight_bytes: int
+    dtype: str
+    device: str
+    max_model_len: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Size of the KV pool."""
+        return self.num_blocks * self.bytes_per_block
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that the KV pool holds."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def max_concurrency(self) -> float:
+        """Sequences of full length that the KV pool holds."""
+        return self.num_tokens / self.max_model_len
+
+
+def kv_group(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVGroup:
+    """The KV shape of a model whose layers are all alike."""
+    elements = 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim
+    return KVGroup(
+        name="full",
+        layers=tuple(range(config.num_layers)),
+        num_kv_heads=config.num_kv_heads,
+        key_dim=config.head_dim,
+        value_dim=config.head_dim,
+        dtype=str(dtype).removeprefix("torch."),
+        bytes_per_block=elements * dtype.itemsize,
+    )
+
+
+def allocate_kv(
+    group: KVGroup, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The pool [layers, 2, num_blocks + 1, P, K, D]; the last block stays zero and pads tables.
+
+    It starts as zeros: positions behind a sequence's end are multiplied by 0, not skipped.
+    """
+    shape = (len(group.layers), 2, num_blocks + 1, block_size, group.num_kv_heads, group.key_dim)
+    try:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    except RuntimeError as error:
+        wanted = num_blocks * group.bytes_per_block
+        raise DeviceError(f"{wanted} bytes for {num_blocks} KV blocks do not fit.") from error
+
+
+def plan_memory(
+    options: BackendOptions,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    weight_bytes: int,
+) -> MemoryReport:
+    """Decide the number of blocks and the longest sequence, with the weights already loaded.
+
+    Raises:
+        ConfigError: The longest sequence asked for is beyond the model or the blocks asked for.
+        DeviceError: What was asked for does not fit; the message names what does.
+    """
+    bytes_per_block = kv_group(config, options.block_size, dtype).bytes_per_block
+    fitting = _fitting_bytes(options, config, dtype, device, weight_bytes) // bytes_per_block
+    wanted_len = _wanted_len(options, config)
+    num_blocks = options.num_blocks
+    if num_blocks is None:
+        useful = options.max_sequences * -(-wanted_len // options.block_size)
+        num_blocks = min(useful, fitting)
+    _check_fit(options, num_blocks, fitting, bytes_per_block)
+    max_model_len, notes = _fit_len(options, wanted_len, num_blocks)
+    return MemoryReport(
+        num_blocks=num_blocks,
+        block_size=options.block_size,
+        bytes_per_block=bytes_per_block,
+        weight_bytes=weight_bytes,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        max_model_len=max_model_len,
+        notes=notes,
+    )
+
+
+def _fitting_bytes(
+    options: BackendOptions,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    weight_bytes: int,
+) -> int:
+    if options.kv_cache_memory is not None and options.num_blocks is None:
+        return options.kv_cache_memory
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    widest = max(heads, 2 * config.intermediate_size, config.hidden_size)
+    activations = options.max_batch_tokens * widest * _ACTIVATION_WIDTHS * dtype.itemsize
+    logits = 3 * options.max_sequences * config.vocab_size * 4
+    budget = (free_memory(device) + weight_bytes) * options.memory_fraction - weight_bytes
+    return max(0, int(budget) - activations - logits)
+
+
+def _wanted_len(options: BackendOptions, config: ModelConfig) -> int:
+    wanted = options.max_model_len or config.max_position
+    if wanted > config.max_position:
+        raise ConfigError(
+            f"max_model_len is {wanted}, but the model was made for {config.max_position}."
+        )
+    return wanted
+
+
+def _check_fit(
+    options: BackendOptions, num_blocks: int, fitting: int, bytes_per_block: int
+) -> None:
+    if num_blocks > fitting:
+        raise DeviceError(
+            f"num_blocks is {num_blocks} ({num_blocks * bytes_per_block >> 20} MiB), but only "
+            f"{fitting} blocks fit in memory; use --num-blocks {fitting} or fewer."
+        )
+    if num_blocks < 1:
+        raise DeviceError(
+            f"No KV block of {bytes_per_block} bytes fits beside the weights; free memory, raise "
+            f"--memory-fraction ({options.memory_fraction}) or --kv-cache-memory, or lower "
+            "--max-sequences or --max-batch-tokens."
+        )
+
+
+def _fit_len(
+    options: BackendOptions, wanted_len: int, num_blocks: int
+) -> tuple[int, tuple[str, ...]]:
+    """A default length shrinks to what the blocks hold; one that was asked for does not."""
+    capacity = num_blocks * options.block_size
+    if wanted_len <= capacity:
+        return wanted_len, ()
+    if options.max_model_len is None:
+        note = (
+            f"The longest sequence is {capacity} tokens instead of {wanted_len}: memory is short."
+        )
+        return capacity, (note,)
+    message = (
+        f"max_model_len is {wanted_len}, but {num_blocks} KV blocks hold {capacity} tokens; use "
+        f"--max-model-len {capacity}, or more blocks."
+    )
+    raise ConfigError(message) if options.num_blocks else DeviceError(message)
