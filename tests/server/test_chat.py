@@ -10,9 +10,9 @@ from vllm_server.config.schema import EngineSettings, SamplingSettings, Settings
 from vllm_traits import FinishReason, SamplingParams
 
 USAGE = {
-    "prompt_tokens": 30,
+    "prompt_tokens": 21,
     "completion_tokens": 7,
-    "total_tokens": 37,
+    "total_tokens": 28,
     "prompt_tokens_details": {"cached_tokens": 0},
     "completion_tokens_details": {"reasoning_tokens": 0},
 }
@@ -139,7 +139,7 @@ def test_max_tokens_cuts_and_says_so(serve):
 def test_without_a_limit_an_answer_gets_4096_tokens_or_the_room_there_is(serve):
     server = serve()
     server.chat("hi")
-    assert params_of(server).max_tokens == 4096 - 30
+    assert params_of(server).max_tokens == 4096 - 21
 
 
 def test_the_operators_ceiling_clips(serve):
