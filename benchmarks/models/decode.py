@@ -1,6 +1,6 @@
 """Decode throughput of the torch backend on a small random model, without an engine above it.
 
-    python benchmarks/models/decode.py [--dtype f32] [--batches 1,32,256] [--context 64] [--sampled]
+python benchmarks/models/decode.py [--dtype f32] [--batches 1,32,256] [--context 64] [--sampled]
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-
 from vllm_models import BackendOptions, TorchBackend, load_backend
 from vllm_traits import Batch, Chunk, SamplingParams, Start
 
@@ -65,7 +64,9 @@ def write_checkpoint(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(SHAPE))
 
 
-def decode_rate(backend: TorchBackend, batch_size: int, context: int, params: SamplingParams) -> float:
+def decode_rate(
+    backend: TorchBackend, batch_size: int, context: int, params: SamplingParams
+) -> float:
     """Tokens per second of `batch_size` sequences that have `context` tokens each."""
     steps = max(20, min(200, 4000 // batch_size))
     prompt = tuple(3 + i % 4000 for i in range(context))
@@ -91,9 +92,12 @@ def main() -> None:
     parser.add_argument("--batches", default="1,32,256")
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--sampled", action="store_true")
-    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    params = SamplingParams(temperature=0.7, top_p=0.95) if args.sampled else SamplingParams(temperature=0.0)
+    params = (
+        SamplingParams(temperature=0.7, top_p=0.95)
+        if args.sampled
+        else SamplingParams(temperature=0.0)
+    )
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder))
         backend = load_backend(BackendOptions(Path(folder), dtype=args.dtype))

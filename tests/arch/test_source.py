@@ -50,8 +50,8 @@ def test_nothing_forbidden_is_written(pattern: str, folder: str) -> None:
 
 
 def test_there_is_one_template_environment() -> None:
-    assert len(matches(r"SandboxedEnvironment\(", "packages")) == 1
-    assert not matches(r"(?<!Sandboxed)\bEnvironment\(", "packages")
+    assert len(matches(r"\bimport \w*SandboxedEnvironment", "packages")) == 1
+    assert not matches(r"\bimport .*(?<!Sandboxed)\bEnvironment\b", "packages")
 
 
 def test_the_five_packages_have_one_version() -> None:

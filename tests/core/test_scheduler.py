@@ -173,7 +173,7 @@ def test_one_preempted_too_often_is_admitted_with_all_it_needs_and_left_alone() 
             counts[seq.request.id] = seq.num_preemptions
             if seq.num_preemptions and seq.started:
                 assert len(seq.table.blocks) == 11, "44 positions"
-    assert not it.has_work()
+    assert not it.roster.sequences
     assert max(counts.values()) == 1
 
 
@@ -238,8 +238,8 @@ def test_a_full_queue_refuses_and_counts_and_preempted_ones_do_not_fill_it() -> 
 
 def test_max_tokens_is_clipped_to_the_room_there_is() -> None:
     it = scheduler()
-    it.add(ask("a", 120, max_tokens=1000))
-    while it.has_work():
+    it.add(ask("a", tuple([1] * 120), max_tokens=1000))
+    while it.roster.sequences:
         step(it)
     assert it.stats.generation_tokens == 8
     assert it.stats.finished[FinishReason.LENGTH] == 1
@@ -327,7 +327,7 @@ def test_a_preempted_sequence_starts_again_with_its_completion_and_the_same_seed
     it.add(ask("b", (9, *range(1, 7)), max_tokens=9, seed=None))
     starts = []
     released: list[int] = []
-    while it.has_work():
+    while it.roster.sequences:
         batch = step(it)
         if batch is not None:
             starts += batch.starts

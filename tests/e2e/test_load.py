@@ -34,7 +34,7 @@ async def read_stream(client: openai.AsyncOpenAI, number: int) -> tuple[str, str
     return text, reason, tokens
 
 
-def test_256_streams_complete_and_equal_streams_agree(server: Any) -> None:
+def test_256_streams_complete_and_are_counted_to_the_token(server: Any) -> None:
     async def run() -> list[tuple[str, str, int]]:
         limits = httpx.Limits(max_connections=NUM_STREAMS)
         http = httpx.AsyncClient(limits=limits, timeout=170)
@@ -46,8 +46,6 @@ def test_256_streams_complete_and_equal_streams_agree(server: Any) -> None:
     generated = server.metric("vllm:generation_tokens_total")
     results = asyncio.run(run())
     assert all(text and reason in ("stop", "length") for text, reason, _ in results)
-    for number, result in enumerate(results):
-        assert result == results[number % 50], "the same question was answered differently"
     counted = server.metric("vllm:generation_tokens_total") - generated
     assert counted == sum(tokens for _, _, tokens in results)
 

@@ -199,6 +199,15 @@ def test_a_server_that_is_not_there_is_a_configuration_error():
         asyncio.run(run(ServeLoad("ftp://x", Workload())))
 
 
+def test_a_server_that_is_not_ready_is_told_apart_from_one_without_models():
+    class NotReady(Server):
+        def reply(self, writer, body, status=200):
+            super().reply(writer, b"{}", 503)
+
+    with pytest.raises(ConfigError, match="status 503; wait until it is ready"):
+        drive(NotReady(), workload=Workload())
+
+
 def test_the_client_reads_a_plain_answer():
     async def main():
         async with Server() as server, Client(Target.parse(server.url)) as client:

@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -173,6 +172,7 @@ def test_every_command_that_needs_a_model_takes_the_settings(command):
         (["bench", "serve", "--url", "ftp://x"], 2, "not an http or https URL"),
         (["bench", "serve", "--goodput", "speed:1"], 2, "a goal is ttft:MS"),
         (["bench", "serve", "--num-prompts", "0"], 2, "at least 1"),
+        (["bench", "serve", "--endpoint", "embeddings"], 2, "one of completions, chat"),
         (["bench", "serve", "--request-rate", "0"], 2, "must be positive"),
         (["bench", "serve", "--spread", "2"], 2, "between 0 and 1"),
         (["generate", "x", "--model", "no-such-folder"], 3, "neither an existing folder"),
@@ -187,6 +187,17 @@ def test_errors_say_what_is_wrong_in_one_line(words, code, message):
     assert done.stderr.count("vllm-lite: error: ") == 1
 
 
+def test_a_reader_that_leaves_early_is_no_error():
+    code = "from vllm_server.cli import main; raise SystemExit(main(['serve', '--print-config']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    with process.stderr as said:
+        assert said.read() == ""
+    assert process.wait(100) == 0
+
+
 def test_installed_scripts_are_the_two_mains():
     from importlib.metadata import entry_points
 
@@ -195,11 +206,21 @@ def test_installed_scripts_are_the_two_mains():
     assert scripts["vllm-lite-server"] == "vllm_server.cli:server_main"
 
 
-def test_json_schema_command_writes_json():
+@pytest.mark.parametrize(
+    ("words", "beginning", "code"),
+    [
+        (["--json-schema"], "{", 0),
+        (["--markdown"], "# Configuration", 0),
+        (["--example"], "# Every setting", 0),
+        ([], "usage:", 2),
+    ],
+)
+def test_files_made_from_the_schema_are_written_to_stdout(words, beginning, code):
     done = subprocess.run(
-        [sys.executable, "-m", "vllm_server.config", "--json-schema"],
+        [sys.executable, "-m", "vllm_server.config", *words],
         capture_output=True,
         text=True,
         timeout=100,
     )
-    assert json.loads(done.stdout)["title"] == "vllm-lite configuration"
+    assert done.returncode == code
+    assert done.stdout.startswith(beginning)

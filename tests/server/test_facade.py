@@ -63,16 +63,17 @@ def test_the_template_is_the_tokenizers_own_in_both_orders_of_arguments(engine, 
 
 def test_answers_come_in_order_with_their_figures(engine):
     prompts = [ask(engine, text) for text in ("What is vllm-lite?", "Hello", "Count to 3")]
-    outputs = engine.generate_sync(SamplingParams(**GREEDY, max_tokens=12), prompts)
-    alone = [
-        engine.generate_sync([SamplingParams(**GREEDY, max_tokens=12)], [p])[0] for p in prompts
-    ]
+    params = SamplingParams(**GREEDY, max_tokens=12, ignore_eos=True)
+    outputs = engine.generate_sync(params, prompts)
+    alone = [engine.generate_sync([params], [prompt])[0] for prompt in prompts]
     assert [o.decode_output for o in outputs] == [o.decode_output for o in alone]
     for output, prompt in zip(outputs, prompts, strict=True):
         assert output.prompt_length == len(engine._local.encode(prompt))
-        assert 1 <= output.decoded_length <= 12
+        assert output.decoded_length == 12
         assert output.prompt_start_time <= output.decode_start_time <= output.decode_finish_time
         assert output.prompt_start_time > 1.5e12, "milliseconds since 1970"
+    begins = [output.decode_start_time for output in outputs]
+    assert max(begins) <= min(output.decode_finish_time for output in outputs), "side by side"
     assert outputs[0].seq_id < outputs[1].seq_id < outputs[2].seq_id
 
 
@@ -202,6 +203,14 @@ def test_the_second_turn_of_a_session_finds_the_first_one_cached(engine):
     (second,) = engine.generate_sync(params, engine.apply_chat_template(messages))
     assert second.num_cached_tokens >= first.prompt_length // 16 * 16 > 0
     assert engine.kv_usage > 0, "the session keeps its blocks"
+
+
+def test_a_session_without_the_context_cache_works_and_is_told_once(caplog):
+    params = SamplingParams(max_tokens=1, session_id="s")
+    with Engine(EngineConfig(**SMALL)) as engine, caplog.at_level("INFO", "vllm_server"):
+        engine.generate_sync(params, ["a", "b"])
+        assert engine.kv_usage == 0
+    assert sum("not pinned" in message for message in caplog.messages) == 1
 
 
 def test_an_engine_is_closed_by_its_context_and_only_once():

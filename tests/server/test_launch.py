@@ -95,9 +95,8 @@ def test_no_drafts_means_no_speculation():
 
 
 def test_the_operators_sampling_wins_over_the_models_own(tmp_path):
-    assert launch.sampling_defaults(SamplingSettings(top_k=3), tmp_path) == SamplingSettings(
-        top_k=3
-    )
+    ours = SamplingSettings(top_k=3)
+    assert launch.sampling_defaults(ours, tmp_path) == ours
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps({"temperature": 0.6, "top_k": 20, "top_p": "x", "min_p": True}))
     found = launch.sampling_defaults(ours, tmp_path)

@@ -279,7 +279,8 @@ class AsyncEngine:
         for output in outputs:
             stream = self._streams[output.request_id]
             if output.finished:
-                self._forget(output.request_id)
+                with self._border:
+                    del self._streams[output.request_id]  # before a reader may use the id again
             stream.mailbox.put(output)
             if stream.mailbox.is_full and not stream.mailbox.paused and not output.finished:
                 self._pause(stream.mailbox)
@@ -292,10 +293,12 @@ class AsyncEngine:
                 loop.call_soon_threadsafe(_wake, streams)
             except RuntimeError:
                 logger.info("an event loop was closed before %d of its streams", len(streams))
+        if not self._streams:
+            self._tell_idle()
 
-    def _forget(self, request_id: str) -> None:
+    def _tell_idle(self) -> None:
+        """Let go of those who wait until nothing runs."""
         with self._border:
-            del self._streams[request_id]
             if self._streams:
                 return
             waiters, self._idle_waiters = self._idle_waiters, []

@@ -171,6 +171,7 @@ class Engine:
             return []
         self._closed = True
         with self._host:
+            self.scheduler.drop_in_flight()
             self.scheduler.finish_all(Ending(FinishReason.ABORT))
             outputs = self.scheduler.take_outputs()
         self.backend.close()

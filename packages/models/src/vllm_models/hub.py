@@ -81,7 +81,7 @@ def resolve_model(
     if name == BUILTIN:
         return Path(__file__).parent / "demo"
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder.resolve()
     if not _REPO_ID.fullmatch(name):
         raise ModelError(
@@ -133,17 +133,21 @@ def _download(repo: _Repo, on_progress: OnProgress) -> Path:
             hf_hub_download(filename=name, tqdm_class=bar, **repo.arguments())
             done += sizes[name]
         on_progress(LoadProgress("download", 1.0, f"{len(names)} files"))
-        return Path(snapshot_download(**repo.arguments(), allow_patterns=names, tqdm_class=bar))
+        silent = _silent_bar()
+        return Path(snapshot_download(**repo.arguments(), allow_patterns=names, tqdm_class=silent))
 
 
 def _list_files(repo: _Repo) -> dict[str, int] | None:
-    """Size of every file; None if the Hub is out of reach but the model is cached."""
+    """Size of every file that may be needed; None if the Hub is out of reach but the model is cached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError, HfHubHTTPError
 
     try:
         files = snapshot_download(
-            **repo.arguments(), dry_run=True, tqdm_class=_bar(0, 1, "", ignore_progress)
+            **repo.arguments(),
+            allow_patterns=[*_WANTED, "*.safetensors"],
+            dry_run=True,
+            tqdm_class=_silent_bar(),
         )
     except DryRunError as error:
         cause = error.__cause__ or error
@@ -172,6 +176,10 @@ def _bar(done: int, total: int, name: str, on_progress: OnProgress) -> type[Any]
             return super().update(n)
 
     return Bar
+
+
+def _silent_bar() -> type[Any]:
+    return _bar(0, 1, "", ignore_progress)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vllm_server.local import LocalEngine, TextStream
+from vllm_server.local import LocalEngine, TextStream, read_all
 from vllm_server.progress import shown_progress
 from vllm_traits import BackendError, InvalidRequestError
 
@@ -107,8 +107,15 @@ class Engine:
                 f"There are {len(each)} params for {len(prompts)} prompts.", param="params"
             )
         jobs = [self._prepared(*pair) for pair in zip(each, prompts, strict=True)]
-        streams = [(next(self._ids), self._local.submit(*job)) for job in jobs]
-        return [_finished(seq_id, stream) for seq_id, stream in streams]
+        streams = [self._local.submit(*job) for job in jobs]
+        texts = read_all(streams)
+        return [self._output(*pair) for pair in zip(streams, texts, strict=True)]
+
+    def _output(self, stream: TextStream, text: str) -> GenerationOutput:
+        seq_id = next(self._ids)
+        if stream.account.error:
+            raise BackendError(f"Answer {seq_id} failed: {stream.account.error}")
+        return GenerationOutput.of(seq_id, stream.account, text)
 
     def generate_stream(
         self, params: SamplingParams, prompt: str
@@ -145,10 +152,3 @@ class Engine:
         )
         sampling = params.sampling(self._local.defaults, room)
         return token_ids, sampling, params.text_rules(), params.session_id
-
-
-def _finished(seq_id: int, stream: TextStream) -> GenerationOutput:
-    text = "".join(piece.text for piece in stream)
-    if stream.account.error:
-        raise BackendError(f"Answer {seq_id} failed: {stream.account.error}")
-    return GenerationOutput.of(seq_id, stream.account, text)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from vllm_models import BackendOptions
 from vllm_models.options import OnProgress
 from vllm_traits import ModelError
 
+from vllm_server.background import in_background
 from vllm_server.config import EngineSettings, SamplingSettings, Settings
 from vllm_server.service import ModelCard, Service
 from vllm_server.text.tokenizer import Tokenizer
@@ -109,22 +109,12 @@ def load_model(settings: Settings, on_progress: OnProgress) -> LoadedModel:
 
 
 def start_loading(settings: Settings, on_progress: OnProgress) -> Future[LoadedModel]:
-    """`load_model` on a thread that ends with it and that the process does not wait for.
+    """`load_model` on a thread that ends with it.
 
     A thread that enters parallel work makes a pool of workers for itself, which live as long as
     the thread; later all such work is the engine's.
     """
-    loaded: Future[LoadedModel] = Future()
-
-    def work() -> None:
-        loaded.set_running_or_notify_cancel()
-        try:
-            loaded.set_result(load_model(settings, on_progress))
-        except BaseException as error:  # noqa: BLE001 - it is raised where the result is read
-            loaded.set_exception(error)
-
-    threading.Thread(target=work, name="load", daemon=True).start()
-    return loaded
+    return in_background(lambda: load_model(settings, on_progress), "load")
 
 
 def hub_token(engine: EngineSettings) -> str | None:

@@ -7,6 +7,7 @@ on the engine's own thread.
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,8 @@ from vllm_server.config import SamplingSettings, Settings
 from vllm_server.launch import LoadedModel, start_engine, start_loading
 from vllm_server.text.stops import StopFinder
 from vllm_server.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 _NO_LIMIT = 2**31
 
@@ -105,15 +108,33 @@ class TextStream:
 
     def __iter__(self) -> Iterator[Piece]:
         """The pieces not read yet."""
-        for output in self._stream:
-            self._note(output)
-            yield from self._pieces(output)
-        if self._stops.found is None:
-            rest = self._stops.feed(self._text.flush()) + self._stops.flush()
-            if rest:
-                yield Piece(None, rest)
-        else:
+        while not self.is_over:
+            yield from self.wait()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last piece was read."""
+        return self.account.finish_reason is not None
+
+    def wait(self) -> list[Piece]:
+        """What has arrived since the last time, after waiting until that is something."""
+        return self._read(next(self._stream))
+
+    def poll(self) -> list[Piece]:
+        """What has arrived since the last time, perhaps nothing."""
+        output = self._stream.mailbox.take()
+        return [] if output is None else self._read(output)
+
+    def _read(self, output: RequestOutput) -> list[Piece]:
+        self._note(output)
+        pieces = list(self._pieces(output))
+        if not output.finished:
+            return pieces
+        if self._stops.found is not None:
             self.account.finish_reason = FinishReason.STOP
+            return pieces
+        rest = self._stops.feed(self._text.flush()) + self._stops.flush()
+        return [*pieces, Piece(None, rest)] if rest else pieces
 
     def _note(self, output: RequestOutput) -> None:
         account, now = self.account, time.time()
@@ -155,6 +176,7 @@ class LocalEngine:
         self._context_cache = context_cache
         self._engine = start_engine(self.model)
         self._ids = itertools.count()
+        self._told = False
 
     @classmethod
     def load(cls, settings: Settings, on_progress: OnProgress) -> LocalEngine:
@@ -228,6 +250,9 @@ class LocalEngine:
             InvalidRequestError: It can never run.
             BackendError: The engine is closed or dead.
         """
+        if session_id is not None and not self._context_cache and not self._told:
+            self._told = True
+            log.info("Sessions are not pinned without context_cache; blocks are reused while kept")
         request = Request(
             f"local-{next(self._ids)}",
             tuple(token_ids),
@@ -236,6 +261,21 @@ class LocalEngine:
         )
         stream = self._engine.submit(request, max_unread=None)
         return TextStream(stream, request, self.tokenizer, rules or TextRules())
+
+
+def read_all(streams: Sequence[TextStream]) -> list[str]:
+    """The texts of answers that run side by side.
+
+    All are read whenever the first unfinished one has news, so that each account has the times of
+    its own tokens and not those of the reader's turns.
+    """
+    texts: list[list[str]] = [[] for _ in streams]
+    unfinished = list(zip(streams, texts, strict=True))
+    while unfinished:
+        for i, (stream, text) in enumerate(unfinished):
+            text += [piece.text for piece in (stream.poll() if i else stream.wait())]
+        unfinished = [pair for pair in unfinished if not pair[0].is_over]
+    return ["".join(text) for text in texts]
 
 
 def sampling_params(

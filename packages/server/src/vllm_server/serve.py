@@ -20,9 +20,10 @@ from typing import Any
 import uvicorn
 from vllm_core import AsyncEngine
 from vllm_models import LoadProgress
-from vllm_traits import ConfigError, VllmLiteError
+from vllm_traits import BackendError, ConfigError, VllmLiteError
 
 from vllm_server.app import create_app
+from vllm_server.background import in_background
 from vllm_server.banner import banner, exposure_warning
 from vllm_server.config import Settings
 from vllm_server.launch import make_service, start_engine, start_loading
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 CLEAN, INTERRUPTED = 0, 130
 # Share of the whole start that lies behind when a stage begins, and its own share.
 _STAGES = {"download": (0.0, 0.5), "load": (0.5, 0.4), "warm-up": (0.9, 0.1)}
-_FLUSH_SECONDS = 2.0  # for the last events of streams that were cut off
+_FLUSH_SECONDS = 2  # for the last events of streams that were cut off
 
 
 class Server:
@@ -51,9 +52,10 @@ class Server:
         self.settings = settings
         self.state = ServerState(settings, self._shutdown_requested)
         self._listener = listener
-        self._uvicorn = _Uvicorn(
-            uvicorn_config(create_app(self.state), settings.server, timeout_graceful_shutdown=1)
+        config = uvicorn_config(
+            create_app(self.state), settings.server, timeout_graceful_shutdown=_FLUSH_SECONDS
         )
+        self._uvicorn = _Uvicorn(config)
         self._engine: AsyncEngine | None = None
         self._end: asyncio.Future[tuple[Mode, float]]
         self._hurry: asyncio.Future[int]
@@ -72,11 +74,13 @@ class Server:
         serving = asyncio.create_task(self._uvicorn.serve([self._listener]))
         try:
             if await self._load():
-                await self._end
+                await _first(self._end, serving)
+            if not self._end.done():
+                raise BackendError("The HTTP server ended by itself.")
             return await self._finish()
         finally:
             self._uvicorn.should_exit = True
-            self._uvicorn.force_exit = True
+            self._uvicorn.force_exit = self._hurry.done()
             await serving
             self.state.close()
             if self.settings.server.uds:
@@ -122,10 +126,16 @@ class Server:
         if self._engine is not None:
             if self.state.num_open:
                 log.warning("Cutting off %d requests", self.state.num_open)
-            await asyncio.to_thread(self._engine.close)
-            await self.state.wait_idle(_FLUSH_SECONDS)
+            await self._close(self._engine)
         log.info("Stopped")
         return self._hurry.result() if self._hurry.done() else CLEAN
+
+    async def _close(self, engine: AsyncEngine) -> None:
+        """End what still runs; a step that takes long is not waited for once somebody hurries."""
+        closing = asyncio.wrap_future(in_background(engine.close, "close"))
+        await _first(closing, self._hurry)
+        await asyncio.wait({closing}, timeout=_FLUSH_SECONDS)
+        await self.state.wait_idle(_FLUSH_SECONDS)
 
     def _on_signal(self, number: int) -> None:
         """The first signal drains, the second one cuts off."""

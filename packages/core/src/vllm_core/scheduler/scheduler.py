@@ -405,21 +405,26 @@ class Scheduler:
         suspects = [seq for seq in self.running.values() if seq.id in starts]
         if not suspects and len(self.running) > 1:
             suspects = [next(reversed(self.running.values()))]
-        for launched in self.in_flight:
-            self.roster.released += launched.batch.released  # the backend may not have seen them
-        self.in_flight.clear()
+        self.drop_in_flight()
         self._draining = self._prompt_waits = False
         for seq in list(self.roster.sequences.values()):
-            seq.in_flight = 0
-            if seq.finished:
-                self.roster.leave(seq)
-            elif seq.id in self.running:
+            if seq.id in self.running:
                 self.roster.requeue(seq)
             else:
                 self.roster.let_go(seq)
         self.cache.forget()
         for seq in suspects:
             self.roster.fail(seq, BACKEND_FAULT)
+
+    def drop_in_flight(self) -> None:
+        """The results of batches in flight will never be read; who waited for one is let go."""
+        for launched in self.in_flight:
+            self.roster.released += launched.batch.released  # the backend may not have seen them
+        self.in_flight.clear()
+        for seq in list(self.roster.sequences.values()):
+            seq.in_flight = 0
+            if seq.finished:
+                self.roster.leave(seq)
 
     def finish_all(self, end: Ending) -> None:
         """End every unfinished request."""

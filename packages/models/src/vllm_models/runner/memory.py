@@ -147,16 +147,16 @@ def _wanted_len(options: BackendOptions, config: ModelConfig) -> int:
 def _check_fit(
     options: BackendOptions, num_blocks: int, fitting: int, bytes_per_block: int
 ) -> None:
-    if num_blocks > fitting:
-        raise DeviceError(
-            f"num_blocks is {num_blocks} ({num_blocks * bytes_per_block >> 20} MiB), but only "
-            f"{fitting} blocks fit in memory; use --num-blocks {fitting} or fewer."
-        )
-    if num_blocks < 1:
+    if min(num_blocks, fitting) < 1:
         raise DeviceError(
             f"No KV block of {bytes_per_block} bytes fits beside the weights; free memory, raise "
             f"--memory-fraction ({options.memory_fraction}) or --kv-cache-memory, or lower "
             "--max-sequences or --max-batch-tokens."
+        )
+    if num_blocks > fitting:
+        raise DeviceError(
+            f"num_blocks is {num_blocks} ({num_blocks * bytes_per_block >> 20} MiB), but only "
+            f"{fitting} blocks fit in memory; use --num-blocks {fitting} or fewer."
         )
 
 

@@ -146,9 +146,9 @@ class Rows:
         columns: list[int] = []
         blocks: list[int] = []
         for chunk in chunks:
-            if not chunk.new_blocks:
-                continue
             row = self._rows[chunk.seq_id]
+            if not chunk.new_blocks or row.failure is not None:
+                continue
             if self._tainted:
                 self._clean(chunk, row)
             indices += [row.index] * len(chunk.new_blocks)

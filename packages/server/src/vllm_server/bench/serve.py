@@ -104,6 +104,11 @@ async def run(load: ServeLoad) -> Report:
 async def _first_model(client: Client, url: str) -> str:
     try:
         answer = await client.send("GET", "/v1/models")
+        if answer.status != 200:
+            raise ConfigError(
+                f"{url} answers with status {answer.status}; wait until it is ready, or give its "
+                "--api-key."
+            )
         return str(json.loads(answer.body)["data"][0]["id"])
     except OSError as error:
         raise ConfigError(f"Cannot reach {url}: {error}. Is the server running?") from None

@@ -6,6 +6,7 @@ module that is imported when it runs.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -111,7 +112,10 @@ def _guarded(name: str, argv: list[str]) -> int:
     """Run a sub-command; every error becomes one line and an exit code."""
     sys.excepthook = _explain
     try:
-        return import_module(f"vllm_server.cli.{COMMANDS[name].module}").run(argv)
+        try:
+            return import_module(f"vllm_server.cli.{COMMANDS[name].module}").run(argv)
+        finally:
+            sys.stdout.flush()
     except VllmLiteError as error:
         if _wants_traceback():
             raise
@@ -120,7 +124,8 @@ def _guarded(name: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone, and with it anyone to tell
+        # The reader of our output is gone; what is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLEAN
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_traits import ConfigError
 
@@ -27,6 +27,24 @@ usage: vllm-lite bench serve|throughput|latency [flags]
 Add --help for the flags of each."""
 
 
+class Option(NamedTuple):
+    """A flag with one value.
+
+    Attributes:
+        flags: Its spellings; the first one names the value.
+        kind: Makes the value of text.
+        default: None is no value.
+        metavar: Stands for the value in the help.
+        help: What it means, without a full stop.
+    """
+
+    flags: str
+    kind: Callable[[str], Any]
+    default: Any
+    metavar: str
+    help: str
+
+
 def run(argv: Sequence[str]) -> int:
     """Run one of the three; the exit code is 1 if every request failed."""
     kinds = {"serve": _serve, "throughput": _offline, "latency": _offline}
@@ -42,7 +60,7 @@ def _serve(kind: str, argv: Sequence[str]) -> int:
     parser = FlagParser(
         "vllm-lite bench serve", "Load an OpenAI-compatible server.", settings=False
     )
-    _add_workload(parser, num_prompts=100)
+    _add_workload(parser, 100, "--bench-seed --seed")
     _add_load(parser)
     parsed, _ = parser.parse(argv)
     from vllm_server.bench.serve import run as run_load
@@ -52,121 +70,70 @@ def _serve(kind: str, argv: Sequence[str]) -> int:
     return 0 if report.completed else 1
 
 
-def _add_workload(parser: FlagParser, num_prompts: int) -> None:
-    group = parser.add_argument_group("workload")
-    add = group.add_argument
-    add(
-        "--num-prompts",
-        type=int,
-        default=num_prompts,
-        metavar="N",
-        help="Requests in all (%(default)s).",
+def _add_workload(parser: FlagParser, num_prompts: int, seed_flags: str) -> None:
+    options = (
+        Option("--num-prompts", int, num_prompts, "N", "Requests in all"),
+        Option("--dataset", str, "random", "NAME", "random, fixed or a JSON Lines file of prompts"),
+        Option("--input-len", int, 128, "N", "Tokens per random prompt"),
+        Option("--output-len", int, 64, "N", "Tokens to generate"),
+        Option("--spread", float, 0.0, "X", "Lengths vary down to this share less, 0 to 1"),
+        Option(seed_flags, int, 0, "N", "Seed of prompts and arrivals"),
+        Option("--output-json", Path, None, "FILE", "Write all figures to this file"),
     )
-    add(
-        "--dataset",
-        default="random",
-        metavar="NAME",
-        help="random, fixed, or a JSON Lines file with prompt and output_len (%(default)s).",
-    )
-    add(
-        "--input-len",
-        type=int,
-        default=128,
-        metavar="N",
-        help="Tokens per random prompt (%(default)s).",
-    )
-    add("--output-len", type=int, default=64, metavar="N", help="Tokens to generate (%(default)s).")
-    add(
-        "--spread",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="Lengths vary down to this share less, 0 to 1 (%(default)s).",
-    )
-    add(
-        "--bench-seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="Seed of prompts and arrivals (%(default)s).",
-    )
-    add(
-        "--output-json",
-        type=Path,
-        default=None,
-        metavar="FILE",
-        help="Write all figures to this file.",
-    )
+    _add(parser, "workload", options)
 
 
 def _add_load(parser: FlagParser) -> None:
-    add = parser.add_argument_group("load").add_argument
-    add(
-        "--url",
-        "--base-url",
-        dest="url",
-        default="http://127.0.0.1:8000",
-        help="The server (%(default)s).",
+    unlimited = float("inf")
+    options = (
+        Option("--url --base-url", str, "http://127.0.0.1:8000", "URL", "The server"),
+        Option("--endpoint", str, "completions", "NAME", "What to call: completions or chat"),
+        Option("--model -m", str, None, "NAME", "Model to ask for; the first of the server"),
+        Option("--api-key", str, None, "KEY", "Sent as a bearer token"),
+        Option("--request-rate", float, unlimited, "R", "Poisson arrivals per second; all at once"),
+        Option("--max-concurrency", int, None, "N", "Requests in flight at most: a closed loop"),
+        Option("--num-warmups", int, 1, "N", "Requests before the clock starts"),
+        Option("--temperature", float, 0.0, "X", "0 is greedy"),
+        Option("--timeout", float, 600.0, "S", "Seconds per request"),
     )
-    add(
-        "--endpoint",
-        choices=("completions", "chat"),
-        default="completions",
-        help="What to call (%(default)s).",
-    )
-    add("--model", "-m", default=None, help="Model to ask for; the server's first by default.")
-    add("--api-key", default=None, metavar="KEY", help="Sent as a bearer token.")
-    add(
-        "--request-rate",
-        type=float,
-        default=float("inf"),
-        metavar="R",
-        help="Poisson arrivals per second; inf is all at once (%(default)s).",
-    )
-    add(
-        "--max-concurrency",
-        type=int,
-        default=None,
-        metavar="N",
-        help="Requests in flight at most: a closed loop.",
-    )
-    add(
-        "--num-warmups",
-        type=int,
-        default=1,
-        metavar="N",
-        help="Requests before the clock starts (%(default)s).",
-    )
-    add("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (%(default)s).")
-    add(
-        "--timeout",
-        type=float,
-        default=600.0,
-        metavar="S",
-        help="Seconds per request (%(default)s).",
-    )
-    add(
+    _add(parser, "load", options)
+    parser.add_argument(
         "--goodput",
         nargs="+",
         default=[],
         metavar="GOAL",
-        help="Limits in ms, such as ttft:200 tpot:50 e2e:5000.",
+        help="Limits in ms that a good request keeps: ttft:200 tpot:50 e2e:5000.",
     )
     parser.add_switch(
         "--ignore-eos",
         default=True,
-        help="Ask for exactly the output length; not known to OpenAI itself.",
+        help="Ask for exactly the output length; OpenAI itself does not know this.",
     )
+
+
+def _add(parser: FlagParser, title: str, options: Sequence[Option]) -> None:
+    group = parser.add_argument_group(title)
+    for option in options:
+        shown = "" if option.default is None else f" ({option.default})"
+        group.add_argument(
+            *option.flags.split(),
+            type=option.kind,
+            default=option.default,
+            metavar=option.metavar,
+            help=f"{option.help}{shown}.",
+        )
 
 
 def _load(parsed: argparse.Namespace) -> Any:
     from vllm_server.bench.report import parse_goals
-    from vllm_server.bench.serve import ServeLoad
+    from vllm_server.bench.serve import ENDPOINTS, ServeLoad
 
     for name in ("request_rate", "max_concurrency", "timeout"):
         value = getattr(parsed, name)
         if value is not None and not value > 0:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}, but must be positive.")
+    if parsed.endpoint not in ENDPOINTS:
+        raise ConfigError(f"--endpoint must be one of {', '.join(ENDPOINTS)}.")
     try:
         goals = parse_goals(parsed.goodput)
     except ValueError as error:
@@ -206,7 +173,7 @@ def _workload(parsed: argparse.Namespace, as_ids: bool) -> Workload:
 
 def _offline(kind: str, argv: Sequence[str]) -> int:
     parser = FlagParser(f"vllm-lite bench {kind}", "Measure the engine without HTTP.")
-    _add_workload(parser, num_prompts=100 if kind == "throughput" else 1)
+    _add_workload(parser, 100 if kind == "throughput" else 1, "--bench-seed")
     if kind == "latency":
         parser.add_argument(
             "--num-iters",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -35,15 +36,24 @@ def run(argv: Sequence[str]) -> int:
         prompts, chosen = _batch(prompts, parsed.batch, chosen)
 
     from vllm_server.cli.session import open_engine
+    from vllm_server.local import read_all
     from vllm_server.summary import summary
 
     with open_engine(chosen) as engine:
         streams = _submit(engine, prompts, parsed.raw, chosen.engine.max_tokens)
-        for number, (prompt, stream) in enumerate(zip(prompts, streams, strict=True), 1):
-            _show(prompt if len(prompts) > 1 else "", number, stream, parsed.batch is not None)
+        if len(streams) == 1:
+            _print_live(streams[0], muted=parsed.batch is not None)
+        else:
+            texts = read_all(streams)
+            if parsed.batch is None:
+                for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
+                    print(f"[{number}] {prompt}\n{text}\n")
     accounts = [stream.account for stream in streams]
     print(summary(accounts))
-    return 1 if any(account.error for account in accounts) else 0
+    failed = [account.error for account in accounts if account.error]
+    if failed:
+        print(f"vllm-lite: error: {len(failed)} answers failed: {failed[0]}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def split(text: str) -> list[str]:
@@ -83,12 +93,10 @@ def _submit(
     return [engine.submit(*each) for each in zip(all_ids, params, strict=True)]
 
 
-def _show(prompt: str, number: int, stream: TextStream, muted: bool) -> None:
-    """Read a stream to its end, on the screen unless it is one of a benchmark."""
-    if prompt and not muted:
-        print(f"[{number}] {prompt}")
+def _print_live(stream: TextStream, muted: bool) -> None:
+    """Read one answer to its end, on the screen unless it is a benchmark."""
     for piece in stream:
         if not muted:
             print(piece.text, end="", flush=True)
     if not muted:
-        print("\n" if stream.account.error is None else f"\nerror: {stream.account.error}\n")
+        print("\n")

@@ -1,4 +1,4 @@
-"""The settings for people and editors: `--print-config`, docs/configuration.md, a JSON Schema."""
+"""The settings for people and editors: `--print-config`, reference, example, JSON Schema."""
 
 from __future__ import annotations
 
@@ -101,6 +101,18 @@ def _refusals() -> Iterator[str]:
         flags = ", ".join(f"`{flag}`" for flag in entry.flags)
         keys = ", ".join(f"`{key}`" for key in entry.keys)
         yield f"| {flags} | {keys} | {', '.join(f'`{n}`' for n in entry.neutral) or '–'} |"
+
+
+def example() -> str:
+    """A YAML file with every setting, each commented out at its default."""
+    lines = [
+        "# Every setting with its default; remove a # to change one. They are explained in",
+        "# docs/configuration.md. Written by `python -m vllm_server.config --example`.",
+    ]
+    for section, fields in _sections():
+        lines += ["", f"{section}:"]
+        lines += [f"  # {field.key}: {json.dumps(field.default)}" for field in fields]
+    return "\n".join(lines) + "\n"
 
 
 _JSON_TYPES = {

@@ -37,6 +37,7 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str, *, settings: bool = True) -> None:
         super().__init__(
             prog=prog,
+            usage=f"{prog} [flags]",
             description=description,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,

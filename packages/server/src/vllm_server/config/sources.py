@@ -35,7 +35,7 @@ class Given(NamedTuple):
 def from_own_environment(environ: Mapping[str, str]) -> list[Given]:
     """Values of `VLLM_LITE_<SECTION>_<KEY>`; an empty variable is an absent one."""
     known = {variable: f for f in all_fields() for variable in f.variables}
-    refused = {variable for u in UNAVAILABLE for variable in u.env}
+    refused = {variable for u in UNAVAILABLE for variable in u.variables}
     for name in environ:
         if name.startswith(PREFIX) and name not in known and name not in refused:
             raise ConfigError(f"Unknown environment variable {name}{nearest(name, known)}.")
@@ -49,7 +49,7 @@ def from_own_environment(environ: Mapping[str, str]) -> list[Given]:
 def from_seed_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[str]]:
     """Values of well-known variables such as `VLLM_PORT`, and warnings about ignored ones."""
     for entry in UNAVAILABLE:
-        for name in entry.env:
+        for name in entry.variables:
             if environ.get(name):
                 refuse(entry, environ[name], f"environment {name}")
     given: list[Given] = []

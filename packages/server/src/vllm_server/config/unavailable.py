@@ -17,7 +17,7 @@ class Unavailable:
         feature: What the user would get, for the message.
         flags: Every spelling of the flag.
         keys: YAML paths.
-        env: Environment variables.
+        env: Well-known environment variables.
         neutral: Values, as lower-case text, that ask for nothing beyond what this version does.
         switch: Whether the flag takes no value.
     """
@@ -28,6 +28,12 @@ class Unavailable:
     env: tuple[str, ...] = ()
     neutral: tuple[str, ...] = ()
     switch: bool = False
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Every environment variable that would set it, those of our own prefix included."""
+        own = (f"VLLM_LITE_{key.replace('.', '_')}".upper() for key in self.keys)
+        return (*self.env, *own)
 
     def refuses(self, raw: object) -> bool:
         """Whether the value asks for the feature; null never does."""
@@ -65,7 +71,7 @@ UNAVAILABLE = (
         "An INT8 KV cache",
         ("--kv-quantization",),
         ("engine.kv_quantization",),
-        ("VLLM_KV_QUANTIZATION", "VLLM_LITE_ENGINE_KV_QUANTIZATION"),
+        ("VLLM_KV_QUANTIZATION",),
         neutral=("false", "0"),
         switch=True,
     ),
@@ -86,11 +92,11 @@ UNAVAILABLE = (
         "Tensor parallelism",
         ("--tensor-parallel-size", "-tp"),
         ("engine.tensor_parallel_size",),
-        ("VLLM_TENSOR_PARALLEL_SIZE", "VLLM_LITE_ENGINE_TENSOR_PARALLEL_SIZE"),
+        ("VLLM_TENSOR_PARALLEL_SIZE",),
         neutral=("1",),
     ),
     Unavailable(
-        "Switching graphs off, because nothing is captured yet,",
+        "Capturing graphs, and so switching them off,",
         ("--enforce-eager",),
         ("engine.enforce_eager",),
         neutral=_OFF,

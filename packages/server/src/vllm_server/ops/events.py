@@ -59,13 +59,15 @@ class EventSender:
 
     def __init__(self, exchange: Exchange, keep_alive: float, stall: float) -> None:
         self._exchange = exchange
-        self._keep_alive = keep_alive
+        self._keep_alive = keep_alive or float("inf")
         self._stall = stall
         self._headers: Sequence[tuple[str, str]] = _HEADERS
-        self._lock = asyncio.Lock()
+        self._starting = asyncio.Lock()
         self._is_started = False
-        self._is_busy = False
-        self._last_sent = 0.0
+        self._is_stalled = False
+        self._time = asyncio.get_running_loop().time
+        self._busy_since: float | None = None
+        self._last_sent = self._time()
 
     async def run(self, stream: EventStream) -> None:
         """Send every event, then the end mark.
@@ -75,14 +77,17 @@ class EventSender:
             SlowReaderError: The client takes nothing.
         """
         self._headers = (*_HEADERS, *stream.headers)
-        self._last_sent = asyncio.get_running_loop().time()
-        pulse = asyncio.create_task(self._pulse()) if self._keep_alive else None
+        owner = asyncio.current_task()
+        pulse = asyncio.create_task(self._pulse(owner))
         try:
             await self._send_all(stream)
             await self._send(DONE, more=False)
+        except asyncio.CancelledError:
+            if self._is_stalled and owner is not None and owner.uncancel() == 0:
+                raise SlowReaderError from None
+            raise
         finally:
-            if pulse is not None:
-                pulse.cancel()
+            pulse.cancel()
             await stream.chunks.aclose()
 
     async def _send_all(self, stream: EventStream) -> None:
@@ -95,24 +100,34 @@ class EventSender:
             await self._send(event(error.encoded()))
 
     async def _send(self, chunk: bytes, more: bool = True) -> None:
-        self._is_busy = True
-        try:
-            async with asyncio.timeout(self._stall), self._lock:
-                if not self._is_started:
-                    self._is_started = True
-                    await self._exchange.start(200, self._headers)
-                await self._exchange.send_body(chunk, more)
-        except TimeoutError:
-            raise SlowReaderError from None
-        self._is_busy = False
-        self._last_sent = asyncio.get_running_loop().time()
+        self._busy_since = self._time()
+        if not self._is_started:
+            await self._start()
+        await self._exchange.send_body(chunk, more)
+        self._busy_since = None
+        self._last_sent = self._time()
 
-    async def _pulse(self) -> None:
-        """Comments while nothing else is sent."""
-        loop = asyncio.get_running_loop()
+    async def _start(self) -> None:
+        async with self._starting:
+            if not self._is_started:
+                self._is_started = True
+                await self._exchange.start(200, self._headers)
+
+    async def _pulse(self, owner: asyncio.Task[object] | None) -> None:
+        """Comments while nothing is sent, and the end of a reader that takes nothing."""
         while True:
-            silent = loop.time() - self._last_sent
-            if silent >= self._keep_alive and not self._is_busy:
-                await self._send(KEEP_ALIVE)
-                silent = 0.0
-            await asyncio.sleep(max(self._keep_alive - silent, 0.01))
+            now = self._time()
+            if self._busy_since is not None:
+                if now - self._busy_since >= self._stall and owner is not None:
+                    self._is_stalled = True
+                    owner.cancel()
+                    return
+            elif now - self._last_sent >= self._keep_alive:
+                self._last_sent = now
+                await self._comment()
+            silence = self._keep_alive - (now - self._last_sent)
+            await asyncio.sleep(max(0.005, min(silence, self._stall / 4)))
+
+    async def _comment(self) -> None:
+        await self._start()
+        await self._exchange.send_body(KEEP_ALIVE, True)

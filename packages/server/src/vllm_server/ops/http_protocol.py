@@ -166,8 +166,12 @@ class HttpProtocol(HttpToolsProtocol):
         self._disarm()
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:  # pyright: ignore[reportUnnecessaryComparison]
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or not cycle.response_started:  # pyright: ignore[reportUnnecessaryComparison]
             self.transport.write(_response(error))
+        if cycle is not None:  # pyright: ignore[reportUnnecessaryComparison]
+            cycle.disconnected = True  # the application has nobody to talk to any more
+            cycle.message_event.set()
         self.transport.close()
 
     def _arm(self) -> None:

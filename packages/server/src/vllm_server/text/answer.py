@@ -72,7 +72,8 @@ class Answer:
         return _joined(parts, self._flush())
 
     def _feed(self, ids: Sequence[int]) -> Parts:
-        if self._reader is None and not self._stops.is_active:
+        reads_on = self._reader is None or self._reader.is_done
+        if reads_on and not self._stops.is_active:
             self._count(len(ids))
             return Parts(content=self._detokenizer.feed(ids))
         parts = Parts()

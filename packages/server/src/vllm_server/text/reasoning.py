@@ -44,6 +44,11 @@ class ReasoningReader:
         """Whether the model is thinking, as far as the text was read."""
         return self._state == "reasoning"
 
+    @property
+    def is_done(self) -> bool:
+        """Whether all further text is content."""
+        return self._state == "content"
+
     def feed(self, text: str) -> Parts:
         """Split the next piece of text."""
         if self._state == "content":

@@ -1,0 +1,99 @@
+"""Every operator against the textbook form beside it."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import random
+
+import pytest
+import torch
+from vllm_models import kernels
+from vllm_models.kernels import kv_write, paged_attention, rms_norm, rope, silu_mul
+from vllm_models.kernels.paged_attention import Span, prepare
+
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def test_every_operator_has_its_reference_beside_it() -> None:
+    names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
+    assert len(names) >= 5
+    for name in names:
+        module = importlib.import_module(f"vllm_models.kernels.{name}")
+        assert callable(module.reference) and callable(getattr(module, name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 8), (5, 48), (3, 4, 16), (300, 7)])
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight = noise(*shape, dtype=dtype), noise(shape[-1], dtype=dtype)
+    got, wanted = (f(x, weight, 1e-6) for f in (rms_norm.rms_norm, rms_norm.reference))
+    torch.testing.assert_close(got, wanted, atol=DTYPES[dtype], rtol=DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 2), (7, 160), (64, 50)])
+def test_silu_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = noise(*shape, dtype=dtype)
+    got, wanted = silu_mul.silu_mul(x), silu_mul.reference(x)
+    torch.testing.assert_close(got, wanted, atol=DTYPES[dtype], rtol=DTYPES[dtype])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (9, 4, 16), (3, 1, 128)])
+def test_rope(shape: tuple[int, int, int]) -> None:
+    x, angles = noise(*shape), noise(shape[0], 1, shape[2] // 2)
+    cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
+    torch.testing.assert_close(rope.rope(x, cos, sin), rope.reference(x, cos, sin))
+
+
+def test_kv_write() -> None:
+    pools = [torch.zeros(6, 4, 2, 8) for _ in range(4)]
+    key, value = noise(5, 2, 8), noise(5, 2, 8) + 1
+    slots = torch.tensor([23, 0, 7, 8, 13])
+    kv_write.kv_write(key, value, pools[0], pools[1], slots)
+    kv_write.reference(key, value, pools[2], pools[3], slots)
+    assert torch.equal(pools[0], pools[2]) and torch.equal(pools[1], pools[3])
+
+
+SPANS = {
+    "one-decode": [(1, 9)],
+    "decodes": [(1, 1), (1, 30), (1, 17), (1, 16)],
+    "drafts": [(3, 12), (1, 4), (4, 4)],
+    "whole-prompt": [(19, 19)],
+    "later-chunk": [(8, 27)],
+    "mixed": [(1, 20), (6, 6), (2, 31), (10, 25), (1, 3)],
+    "prompts": [(5, 5), (31, 31), (7, 12)],
+}
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("group_positions", [8192, 48, 1])
+@pytest.mark.parametrize("name", SPANS)
+def test_paged_attention(
+    name: str, heads: tuple[int, int], group_positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged_attention, "GROUP_POSITIONS", group_positions)
+    num_heads, num_kv_heads = heads
+    block_size, num_blocks = 4, 80
+    tables = torch.tensor(random.Random(1).sample(range(num_blocks), k=5 * 8)).view(5, 8)
+    spans = [Span(row, *span) for row, span in enumerate(SPANS[name])]
+    q = noise(sum(span.num_queries for span in spans), num_heads, 16)
+    keys, values = (noise(num_blocks, block_size, num_kv_heads, 16) + i for i in range(2))
+    prepared = prepare(spans, tables, block_size, q.dtype)
+    got = paged_attention.paged_attention(q, keys, values, prepared, 0.25)
+    wanted = paged_attention.reference(q, keys, values, spans, tables, 0.25)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_queries_of_long_contexts_are_gathered_in_bounded_groups() -> None:
+    tables = torch.zeros(300, 64, dtype=torch.int64)
+    spans = [Span(row, 1, 1000 if row < 10 else 20) for row in range(300)]
+    prepared = prepare(spans, tables, 16, torch.float32)
+    sizes = [group.mask.numel() for group in prepared.groups]
+    assert max(sizes) <= paged_attention.GROUP_POSITIONS
+    assert sum(sizes) < 10 * 1008 + 290 * 32 + 8 * 1008
