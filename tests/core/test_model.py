@@ -8,7 +8,7 @@ from typing import Any
 
 from core_harness import ParityGrammar, reference
 from core_tools import INFO, Clock, ask
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -30,6 +30,7 @@ PROFILE = settings(
     max_examples=250,
     stateful_step_count=50,
     deadline=None,
+    phases=(Phase.generate,),  # bounded time; shrink by hand what it finds
     suppress_health_check=[HealthCheck.too_slow],
 )
 NUM_BLOCKS = 6
@@ -204,7 +205,19 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.outputs.setdefault(output.request_id, []).append(output)
             stuck = self.engine.progress == before and self.feasible()
             self.idle_steps = self.idle_steps + 1 if stuck else 0
-            assert self.idle_steps < 8, "work is pending and feasible, and nothing is scheduled"
+            assert self.idle_steps < 8, self.picture()
+
+    def picture(self) -> str:
+        """Why work that is pending may not be scheduled."""
+        scheduler = self.engine.scheduler
+        lines = [f"nothing is scheduled; {scheduler.cache.pool.num_available} blocks available"]
+        for seq in scheduler.roster.sequences.values():
+            loading = seq.table.loading is not None
+            lines.append(
+                f"{seq.id}: {len(seq.tokens)} tokens, {len(seq.table.blocks)} blocks, "
+                f"{loading=} {seq.paused=} {seq.started=} {seq.num_preemptions=}"
+            )
+        return "\n".join(lines)
 
     def feasible(self) -> bool:
         """Somebody is not paused."""

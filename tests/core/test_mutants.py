@@ -138,13 +138,13 @@ def a_save_does_not_hold_its_blocks(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def a_partial_load_counts_as_whole(patch: pytest.MonkeyPatch) -> None:
-    def finish(original: Any, cache: KVCache, table: Any) -> bool:
-        done = original(cache, table)
-        if done:
+    def poll(original: Any, cache: KVCache, table: Any) -> None:
+        was_loading = table.loading is not None
+        original(cache, table)
+        if was_loading and table.loading is None:
             cache._publish_until(table, min(len(table.blocks), len(table.chain.keys)))
-        return done
 
-    wrap(patch, KVCache, "_finish_loading", finish)
+    wrap(patch, KVCache, "poll_load", poll)
 
 
 @mutant

@@ -73,20 +73,22 @@ def test_end_of_sequence_ids_of_both_files_count(tmp_path: Path) -> None:
 
 BAD = {
     "hidden_size": [None, "64", 64.0, 0, -1, True, [64]],
-    "num_hidden_layers": ["absent", {}],
+    "num_hidden_layers": ["absent", {}, 10**9],
     "architectures": [None, [], "Llama", [3]],
     "num_key_value_heads": [3, 0],
     "head_dim": [15, "16"],
-    "rms_norm_eps": ["small"],
+    "rms_norm_eps": ["small", float("nan"), float("inf"), 10**400],
     "tie_word_embeddings": [1, "yes"],
     "eos_token_id": ["</s>", [2, None], 100, -1],
-    "rope_theta": ["big"],
+    "rope_theta": ["big", 0, -1.0],
     "rope_scaling": [
         "linear",
         {"rope_type": "dynamic", "factor": 2.0},
         {"rope_type": "longrope"},
         {"rope_type": "llama3", "factor": 8.0},
         {"rope_type": "linear"},
+        {"rope_type": "linear", "factor": 0},
+        {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4},
         {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0},
     ],
     "rope_parameters": [{"rope_type": "default", "partial_rotary_factor": 0.5}],
@@ -105,7 +107,7 @@ def test_what_is_wrong_or_unsupported_is_refused_by_name(
         read(tmp_path, **{name: value})
     assert "config.json" in str(refused.value)
     named = (name, value.get("rope_type") if isinstance(value, dict) else None)
-    spelled = (*named, "sliding", name.removesuffix("s"))
+    spelled = (*named, "sliding", "high_freq_factor", name.removesuffix("s"))
     assert any(word and word in str(refused.value) for word in spelled)
 
 

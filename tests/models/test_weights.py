@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm_models import BackendOptions, LoadProgress, load_backend
 from vllm_models.weights.checkpoint import INDEX_NAME
-from vllm_traits import ModelError
+from vllm_traits import DeviceError, ModelError
 
 
 @pytest.fixture
@@ -166,3 +166,11 @@ def test_loading_reports_progress_that_only_grows(make_checkpoint: Any) -> None:
         fractions = [progress.fraction for progress in seen if progress.stage == stage]
         assert fractions == sorted(fractions) and fractions[-1] == 1.0
     assert len({progress.detail for progress in seen if progress.stage == "load"}) > 3
+
+
+def test_weights_that_cannot_be_allocated_are_refused(folder: Path) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    fields["vocab_size"] = 1 << 45
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(DeviceError, match="do not fit"):
+        load(folder)

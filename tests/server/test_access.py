@@ -95,6 +95,13 @@ def test_metrics_can_be_made_public(serve):
     assert serve(settings=settings).client.get("/metrics").status_code == 200
 
 
+def test_a_hardened_server_shows_documents_and_metrics_with_a_key_only(serve):
+    client = serve(settings=Settings(server=ServerSettings(hardened=True))).client
+    for path in ("/metrics", "/docs", "/openapi.json"):
+        assert client.get(path).status_code == 401
+    assert client.get("/v1/models").status_code == 200
+
+
 def test_two_different_keys_are_401_and_the_same_one_twice_is_fine(serve):
     client = serve(settings=Settings(auth=KEYS)).client
     both = {"authorization": "Bearer user-key", "x-api-key": "admin-key"}

@@ -351,6 +351,27 @@ def test_neutral_values_of_refused_parameters_pass(serve):
     assert "x-vllm-lite-warning" not in response.headers
 
 
-def test_a_long_text_is_cut_in_the_message(serve):
-    error = serve().chat(truncation_side="x" * 10_000).json()["error"]
-    assert len(error["message"]) < 500
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"truncation_side": "x" * 10_000},
+        {"model": "x" * 4_000},
+        {"mm_" + "x" * 10_000: 1},
+        {"chat_template_kwargs": {"_" + "x" * 10_000: 1}},
+        {"logit_bias": {"x" * 10_000: 1}},
+    ],
+)
+def test_a_long_text_of_the_client_is_cut_in_the_answer(serve, fields):
+    assert len(serve().chat(**fields).content) < 1000
+
+
+def test_long_unknown_names_are_cut_in_header_and_answer(serve):
+    from vllm_server.config.schema import ServerSettings, Settings
+
+    name = "x\r\nevil: 1" + "y" * 10_000
+    response = serve().chat(**{name: 1})
+    assert response.status_code == 200
+    assert len(response.headers["x-vllm-lite-warning"]) < 200
+    assert "evil" not in response.headers
+    strict = serve(settings=Settings(server=ServerSettings(strict_params=True))).chat(**{name: 1})
+    assert len(strict.content) < 1000

@@ -68,6 +68,13 @@ HARMFUL = {
     "replacing": "{{ ('a' * 1000000) | replace('a', 'b' * 1000000) }}",
     "replacing by method": "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
     "joining": "{{ ('b' * 1000000).join(['a'] * 100000) }}",
+    "joining long items": "{{ ''.join(['a' * 1000000] * 100000) }}",
+    "joining long items by filter": "{{ (['a' * 1000000] * 100000) | join }}",
+    "writing a list": "{{ ['a' * 1000000] * 100000 }}",
+    "a list as text": "{{ (['a' * 1000000] * 100000) | string }}",
+    "a list in a sum": "{{ 'a' ~ ['a' * 1000000] * 100000 }}",
+    "a list as JSON": "{{ (['a' * 1000000] * 100000) | tojson }}",
+    "wide JSON": "{{ [[[1]]] | tojson(indent=99999) }}",
     "a power": "{{ 9 ** 999999999 }}",
     "nested loops": (
         "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}"

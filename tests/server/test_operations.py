@@ -183,6 +183,7 @@ def test_the_page_for_people_loads_nothing(serve):
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "<script" not in page.text and "http" not in page.text.replace("http-", "")
     assert "/v1/chat/completions" in page.text
+    assert "guided_json" in page.text and "safety_identifier" in page.text
 
 
 @pytest.mark.parametrize(

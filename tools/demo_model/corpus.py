@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from phrasing import Conversation, Message, Phrasings
@@ -96,12 +96,25 @@ def documents(seed: int, mix: str = "facts") -> Iterator[tuple[str, str]]:
             yield prompt_and_answer(conversation(rng, phrasings, mix))
 
 
-def held_out(seed: int, count: int) -> list[Conversation]:
-    """Conversations whose phrasings training never saw, the same number for every topic."""
+class Exam(NamedTuple):
+    """A conversation to evaluate, and whether training never saw its phrasings."""
+
+    conversation: Conversation
+    is_new: bool
+
+
+def held_out(seed: int, count: int) -> list[Exam]:
+    """The same number of conversations for every topic, in new phrasings where there are any."""
     rng = Random(f"{seed}-held_out")
-    phrasings = Phrasings(rng, "held_out")
-    chosen = [module.generate(rng, phrasings) for module in MODULES for _ in range(count)]
-    return chosen + [memory.recall(rng, phrasings, ()) for _ in range(count)]
+    generators = [module.generate for module in MODULES]
+    exams = []
+    for generate in (*generators, lambda rng, phrasings: memory.recall(rng, phrasings, ())):
+        for _ in range(count):
+            phrasings = Phrasings(rng, "held_out")
+            conversation = generate(rng, phrasings)
+            is_new = phrasings.num_of_split > 0 and phrasings.num_of_other == 0
+            exams.append(Exam(conversation, is_new))
+    return exams
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class Conversation:
         thinking: False renders the prompt with `enable_thinking=False`.
         keywords: Words of which a right answer holds every one.
         exact: Whether a right answer, thinking removed, equals the last message.
+        accepted: If there are any, the only right answers.
     """
 
     topic: str
@@ -35,14 +36,22 @@ class Conversation:
     thinking: bool = True
     keywords: tuple[str, ...] = ()
     exact: bool = False
+    accepted: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
 class Phrasings:
-    """Chooses among phrasings of one split."""
+    """Chooses among phrasings of one split.
+
+    Attributes:
+        num_of_split: Choices from the split so far.
+        num_of_other: Choices from the other split, because this one had none to offer.
+    """
 
     rng: Random
     split: Split
+    num_of_split: int = 0
+    num_of_other: int = 0
     _cache: dict[int, list[str]] = field(default_factory=dict)
 
     def pick(self, templates: Sequence[str]) -> str:
@@ -50,8 +59,12 @@ class Phrasings:
         found = self._cache.get(id(templates))
         if found is None:
             found = [t for t in templates if is_held_out(t) == (self.split == "held_out")]
-            self._cache[id(templates)] = found = found or list(templates)
-        return self.rng.choice(found)
+            self._cache[id(templates)] = found
+        if found:
+            self.num_of_split += 1
+        else:
+            self.num_of_other += 1
+        return self.rng.choice(found or templates)
 
 
 def is_held_out(template: str) -> bool:

@@ -118,4 +118,6 @@ def generate(rng: Random, phrasings: Phrasings) -> Conversation:
     turn = rng.choice(TURNS)
     question = casual(rng, phrasings.pick(turn.says))
     answer = rng.choice(turn.answers)
-    return Conversation("smalltalk", ask(question, answer, system), keywords=turn.keywords)
+    accepted = () if turn.keywords else turn.answers
+    messages = ask(question, answer, system)
+    return Conversation("smalltalk", messages, keywords=turn.keywords, accepted=accepted)

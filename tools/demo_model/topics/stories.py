@@ -81,7 +81,7 @@ def story(rng: Random, who: str) -> str:
 def generate(rng: Random, phrasings: Phrasings) -> Conversation:
     """A wish for a story, and the story."""
     who = rng.choice(ANIMALS)
-    templates, keywords = (ASK, (who,)) if rng.random() < 0.85 else (ASK_ANY, ())
+    templates, keywords = (ASK, (who,)) if rng.random() < 0.85 else (ASK_ANY, (". ",))
     question = casual(rng, phrasings.pick(templates).format(who=who))
     return Conversation("stories", ask(question, story(rng, who)), keywords=keywords)
 

@@ -121,9 +121,10 @@ def generate(rng: Random, phrasings: Phrasings) -> Conversation:
     system = ""
     if rng.random() < 0.7:
         schema = json.dumps(schema_of(values))
-        question = phrasings.pick(ASK_SCHEMA).format(text=text, schema=schema)
         if rng.random() < 0.15:
             system, question = f"Answer with JSON that matches this schema: {schema}", text
+        else:
+            question = phrasings.pick(ASK_SCHEMA).format(text=text, schema=schema)
     else:
         question = phrasings.pick(ASK_KEYS).format(text=text, keys=key_list(values))
     return Conversation("json", ask(question, answer, system), exact=True)

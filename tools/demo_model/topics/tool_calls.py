@@ -124,7 +124,7 @@ def generate(rng: Random, phrasings: Phrasings) -> Conversation:
     if rng.random() < 0.12:
         question, answer = rng.choice(NO_TOOL)
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return Conversation("tools", (*head, *turns), tools, exact=False)
+        return Conversation("tools", (*head, *turns), tools, exact=True)
     tool = rng.choice(offered)
     arguments = tool.arguments(rng)
     question = phrasings.pick(tool.asks).format(**arguments)

@@ -68,11 +68,11 @@ class Channel:
             raise ChannelClosed("The other side closed the connection.")
         if len(header) < HEADER_BYTES:
             raise WireError("The connection ended inside a header.")
-        body_bytes = parse_header(header, max_body_bytes).body_bytes
+        body_bytes = parse_header(bytes(header), max_body_bytes).body_bytes
         body = self._read(body_bytes, deadline)
         if len(body) < body_bytes:
             raise WireError(f"The connection ended after {len(body)} of {body_bytes} bytes.")
-        return bytes(header + body)
+        return b"".join((header, body))
 
     def close(self) -> None:
         """Wake whoever sends or receives, and close. Idempotent."""

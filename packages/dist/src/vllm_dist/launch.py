@@ -42,7 +42,7 @@ def launch_backend(
     with theirs:
         process = _start(theirs, factory, args)
     try:
-        process.communicate_secret(secret)
+        process.send_secret(secret)
         handshake(channel, secret, Role.CLIENT, HANDSHAKE_TIMEOUT_S)
     except (BackendError, WireError):
         channel.close()
@@ -57,7 +57,7 @@ class _Child:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
 
-    def communicate_secret(self, secret: bytes) -> None:
+    def send_secret(self, secret: bytes) -> None:
         """Write the secret; a child that is gone already is noticed by the handshake."""
         stdin = self._process.stdin
         if stdin is not None:

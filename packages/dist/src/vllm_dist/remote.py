@@ -117,9 +117,9 @@ class RemoteBackend:
 
     def _hand_out(self, frame: bytes) -> None:
         kind, step, _ = parse_header(frame)
+        outcome = _outcome(kind, frame)  # a bad frame ends the connection, wanted or not
         with self._guard:
             launched = self._waiting.pop(step, None)
-        outcome = _outcome(kind, frame)  # a bad frame ends the connection, wanted or not
         if launched is not None:
             launched.settle(outcome)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from queue import Empty, Queue
 
-from vllm_traits import BackendError, InFlight, ModelBackend, WireError
+from vllm_traits import BackendError, Batch, InFlight, ModelBackend, WireError
 from vllm_traits.wire import (
     Kind,
     decode_batch,
@@ -90,58 +91,58 @@ class _Service:
             try:
                 frame = self._inbox.frames.get(timeout=POLL_S if self._sampled else None)
             except Empty:
-                self._answer_oldest()
+                self._answer_known()
                 continue
             if frame is None:
                 return
             self._take(frame)
             if self._inbox.frames.empty():
-                self._answer_oldest()
+                self._answer_known()
 
     def _take(self, frame: bytes) -> None:
         kind, step, _ = parse_header(frame)
         if kind is Kind.BATCH:
-            batch = decode_batch(frame)
-            self._guard(step, lambda: self._launch(step, self._backend.forward(batch)))
+            self._attempt(step, partial(self._launch, decode_batch(frame)))
         elif kind is Kind.MASKS:
-            masks = decode_masks(frame)
-            launched = self._unsampled.pop(step, None)
-            if launched is not None:  # else its launch failed, which was reported
-                self._guard(step, lambda: self._sample(step, launched, masks))
+            self._attempt(step, partial(self._sample, step, decode_masks(frame)))
         else:
             raise WireError(f"A client does not send {kind.name}.")
 
-    def _launch(self, step: int, launched: InFlight) -> None:
-        self._unsampled[step] = launched
+    def _launch(self, batch: Batch) -> None:
+        self._unsampled[batch.step] = self._backend.forward(batch)
         if len(self._unsampled) > MAX_UNSAMPLED:
             del self._unsampled[next(iter(self._unsampled))]
 
-    def _sample(self, step: int, launched: InFlight, masks: dict[int, bytes]) -> None:
-        launched.sample(masks)
-        self._sampled[step] = launched
+    def _sample(self, step: int, masks: dict[int, bytes]) -> None:
+        launched = self._unsampled.pop(step, None)
+        if launched is not None:  # else its launch failed, which was reported
+            launched.sample(masks)
+            self._sampled[step] = launched
 
-    def _answer_oldest(self) -> None:
-        """Send every result that is known, in order."""
+    def _answer_known(self) -> None:
+        """Send results in order, up to the first that is not known yet."""
         while self._sampled:
-            step, launched = next(iter(self._sampled.items()))
-            if not self._guard(step, lambda: self._answer(step, launched)):
+            step = next(iter(self._sampled))
+            self._attempt(step, partial(self._result, step))
+            if step in self._sampled:
                 return
 
-    def _answer(self, step: int, launched: InFlight) -> bool:
+    def _result(self, step: int) -> bytes | None:
+        launched = self._sampled[step]
         if not launched.done():
-            return False
+            return None
         frame = encode_output(launched.result(), step)
         del self._sampled[step]
-        self._channel.send(frame)
-        return True
+        return frame
 
-    def _guard(self, step: int, call: Callable[[], object]) -> bool:
-        """Make a call for one batch; what it raises fails this batch and no other."""
+    def _attempt(self, step: int, call: Callable[[], bytes | None]) -> None:
+        """Call the backend and send what comes of it; an error fails this batch and no other."""
         try:
-            return bool(call())
+            frame = call()
         except Exception as error:
             logger.exception("batch %d failed", step)
             self._unsampled.pop(step, None)
             self._sampled.pop(step, None)
-            self._channel.send(encode_fault(f"{type(error).__name__}: {error}", step))
-            return True
+            frame = encode_fault(f"{type(error).__name__}: {error}", step)
+        if frame is not None:
+            self._channel.send(frame)

@@ -9,6 +9,7 @@ from vllm_traits import ModelError
 
 from vllm_models.json_fields import JsonFields
 
+_MAX_LAYERS = 1000
 _DEFAULT_HEAD_DIM = {"qwen3": 128}
 
 
@@ -132,6 +133,16 @@ class ModelConfig:
         return config
 
     def _check(self) -> None:
+        if self.num_layers > _MAX_LAYERS:
+            raise ModelError(
+                f"{self.fields.source}: num_hidden_layers is {self.num_layers}, but no model has "
+                f"more than {_MAX_LAYERS}."
+            )
+        if self.rope.kind == "llama3" and self.rope.high_freq_factor <= self.rope.low_freq_factor:
+            raise ModelError(
+                f"{self.fields.source}: high_freq_factor {self.rope.high_freq_factor} must be "
+                f"greater than low_freq_factor {self.rope.low_freq_factor}."
+            )
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"{self.fields.source}: num_attention_heads {self.num_heads} is not a multiple of "
@@ -174,27 +185,28 @@ def _refuse_unsupported(fields: JsonFields) -> None:
 def _rope(fields: JsonFields) -> RopeConfig:
     """Old checkpoints have `rope_theta` and `rope_scaling`, new ones `rope_parameters`."""
     scaling = fields.child("rope_parameters") or fields.child("rope_scaling")
-    theta = fields.get("rope_theta", float, 10000.0)
+    theta = fields.above_zero("rope_theta", 10000.0)
     if scaling is None:
         return RopeConfig(theta=theta)
     kind = scaling.get("rope_type", str, "") or scaling.get("type", str, "default")
-    theta = scaling.get("rope_theta", float, theta)
+    theta = scaling.above_zero("rope_theta", theta)
     _check_rope_kind(kind, scaling)
     if kind == "default":
         return RopeConfig(theta=theta)
     original = scaling.positive(
         "original_max_position_embeddings", fields.positive("max_position_embeddings")
     )
+    scaling.need("factor", float)
     need = scaling.need if kind == "llama3" else lambda name, _: scaling.get(name, float, 1.0)
     return RopeConfig(
         kind=kind,
         theta=theta,
-        factor=scaling.need("factor", float),
+        factor=scaling.above_zero("factor", 1.0),
         original_max_position=original,
         low_freq_factor=need("low_freq_factor", float),
         high_freq_factor=need("high_freq_factor", float),
-        beta_fast=scaling.get("beta_fast", float, 32.0),
-        beta_slow=scaling.get("beta_slow", float, 1.0),
+        beta_fast=scaling.above_zero("beta_fast", 32.0),
+        beta_slow=scaling.above_zero("beta_slow", 1.0),
         attention_factor=scaling.values.get("attention_factor")
         and scaling.need("attention_factor", float),
         truncate=scaling.get("truncate", bool, True),

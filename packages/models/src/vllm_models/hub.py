@@ -138,7 +138,7 @@ def _download(repo: _Repo, on_progress: OnProgress) -> Path:
 
 
 def _list_files(repo: _Repo) -> dict[str, int] | None:
-    """Size of every file that may be needed; None if the Hub is out of reach but the model is cached."""
+    """Size of every file that may be needed; None if only the cache can be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError, HfHubHTTPError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from vllm_traits import ModelError
 
 T = TypeVar("T")
 _MAX_BYTES = 64 << 20
+_EXACT = 1 << 53  # integers below it are numbers too
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
@@ -64,6 +66,13 @@ class JsonFields:
             raise ModelError(f"{self.source}: {name!r} is {value}, but must be at least 1.")
         return value
 
+    def above_zero(self, name: str, default: float) -> float:
+        """The field as a number greater than 0."""
+        value = self.get(name, float, default)
+        if value <= 0:
+            raise ModelError(f"{self.source}: {name!r} is {value}, but must be greater than 0.")
+        return value
+
     def child(self, name: str) -> JsonFields | None:
         """The object under `name`, or None if it is absent or null."""
         value = self.values.get(name)
@@ -80,9 +89,9 @@ class JsonFields:
         return frozenset(self._typed(name, item, int) for item in values)
 
     def _typed(self, name: str, value: Any, kind: type[T]) -> T:
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < _EXACT:
             value = float(value)
-        if type(value) is not kind:
+        if type(value) is not kind or (kind is float and not math.isfinite(value)):
             wanted = _NAMES.get(kind, kind.__name__)
             raise ModelError(f"{self.source}: {name!r} is {value!r}, but must be {wanted}.")
         return value

@@ -23,9 +23,10 @@ def create_app(state: ServerState) -> Application:
     metrics = HttpMetrics(state)
     routes = [*_inference(), *_operations(state, metrics)]
     document = Document(routes)
+    hardened = state.settings.server.hardened
     routes += [
-        Route("/openapi.json", {"GET": document.openapi}, "key"),
-        Route("/docs", {"GET": document.docs}, "key"),
+        Route("/openapi.json", {"GET": document.openapi}, "key", needs_key=hardened),
+        Route("/docs", {"GET": document.docs}, "key", needs_key=hardened),
     ]
     return Application(state, RouteTable(routes), metrics)
 
@@ -50,6 +51,7 @@ def _operations(state: ServerState, metrics: HttpMetrics) -> list[Route]:
     server = state.settings.server
     both = {"GET": health, "HEAD": health}
     metrics_scope: Scope = "public" if server.metrics_public else "metrics"
+    scrape = {"GET": metrics.scrape}
     routes = [
         Route("/health", both, "public", is_quiet=True),
         Route("/v1/health", both, "public", is_quiet=True),
@@ -58,7 +60,7 @@ def _operations(state: ServerState, metrics: HttpMetrics) -> list[Route]:
         Route("/ping", {"GET": health}, "public", is_quiet=True),
         Route("/version", {"GET": show_version}, "public"),
         Route("/load", {"GET": load}, "key"),
-        Route("/metrics", {"GET": metrics.scrape}, metrics_scope, is_quiet=True),
+        Route("/metrics", scrape, metrics_scope, is_quiet=True, needs_key=server.hardened),
     ]
     if server.shutdown_endpoint and not server.hardened:
         routes.append(Route("/shutdown", {"GET": shutdown, "POST": shutdown}, "admin"))

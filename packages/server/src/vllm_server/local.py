@@ -270,7 +270,7 @@ def read_all(streams: Sequence[TextStream]) -> list[str]:
     its own tokens and not those of the reader's turns.
     """
     texts: list[list[str]] = [[] for _ in streams]
-    unfinished = list(zip(streams, texts, strict=True))
+    unfinished: list[tuple[TextStream, list[str]]] = list(zip(streams, texts, strict=True))
     while unfinished:
         for i, (stream, text) in enumerate(unfinished):
             text += [piece.text for piece in (stream.poll() if i else stream.wait())]

@@ -26,7 +26,7 @@ from vllm_server.app import create_app
 from vllm_server.background import in_background
 from vllm_server.banner import banner, exposure_warning
 from vllm_server.config import Settings
-from vllm_server.launch import make_service, start_engine, start_loading
+from vllm_server.launch import make_service, model_source, start_engine, start_loading
 from vllm_server.listen import addresses
 from vllm_server.ops.http_protocol import uvicorn_config
 from vllm_server.progress import Stopwatch, shown_progress
@@ -88,6 +88,9 @@ class Server:
 
     async def _load(self) -> bool:
         """Load the model; false if the end was asked for first."""
+        where = addresses(self.settings.server, self._listener)
+        source = model_source(self.settings.engine)
+        log.info("Loading %s; %s/health says how far it is", source, where[0])
         with shown_progress() as show:
             watch = Stopwatch(show)
             loading = asyncio.wrap_future(
@@ -106,7 +109,6 @@ class Server:
         service = make_service(self.settings, model, self._engine)
         self.state.complete(service)
         watch.stop()
-        where = addresses(self.settings.server, self._listener)
         for line in banner(self.settings, service.card.id, model.memory, watch.seconds, where):
             log.info("%s", line)
         return True

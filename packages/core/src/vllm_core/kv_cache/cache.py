@@ -75,7 +75,7 @@ class KVCache:
             table.attached = True
             if table.reuses:
                 self._match(table, token_ids, keep_free)
-        if table.loading is not None and not self._finish_loading(table):
+        if table.loading is not None:
             return None
         return table.num_published * self.block_size
 
@@ -108,16 +108,17 @@ class KVCache:
         else:
             self._append(table, blocks)
 
-    def _finish_loading(self, table: BlockTable) -> bool:
-        assert table.loading is not None, "nothing is being loaded"
+    def poll_load(self, table: BlockTable) -> None:
+        """Notice that a store is done loading; what arrived counts as computed."""
+        if table.loading is None:
+            return
         arrived = self.tiers.arrived(table.loading)
         if arrived is None:
-            return False
+            return
         table.loading = None
         table.num_loaded = arrived
         self.tiers.num_loaded += arrived
         self._publish_until(table, table.num_published + arrived)
-        return True
 
     def grow(self, table: BlockTable, num_positions: int) -> tuple[int, ...] | None:
         """Extend a table to hold so many positions.
@@ -177,6 +178,7 @@ class KVCache:
         table.blocks = []
         table.capacity = 0
         table.attached = False
+        table.num_loaded = 0
         table.parent = table.chain.root
         self._set_published(table, 0)
 

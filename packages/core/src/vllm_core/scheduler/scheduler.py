@@ -184,6 +184,9 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """Plan the next step, or None if there is nothing to launch now."""
         self.cache.poll(self._clock())
+        if self.cache.tiers:
+            for seq in self.waiting:  # all of them: their blocks may be needed by the first in line
+                self.cache.poll_load(seq.table)
         if self._draining:
             if self.in_flight:
                 return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from vllm_traits import ModelError
+from vllm_traits import DeviceError, ModelError
 
 from vllm_models.components.decoder import Decoder
 from vllm_models.components.linear import Linear
@@ -23,9 +23,22 @@ _MAX_LISTED = 20
 def build_model(
     architecture: type[Decoder], config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Decoder:
-    """A model with uninitialised parameters of the wanted type on the wanted device."""
+    """A model with uninitialised parameters of the wanted type on the wanted device.
+
+    Raises:
+        DeviceError: They do not fit.
+    """
     with torch.device("meta"):
         model = architecture(config)
+    try:
+        _materialise(model, dtype, device)
+    except RuntimeError as error:
+        num_bytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+        raise DeviceError(f"The weights need {num_bytes} bytes, which do not fit.") from error
+    return model.eval()
+
+
+def _materialise(model: Decoder, dtype: torch.dtype, device: torch.device) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             kind = dtype if parameter.is_floating_point() else parameter.dtype
@@ -33,7 +46,6 @@ def build_model(
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-    return model.eval()
 
 
 def load_weights(model: Decoder, folder: Path, on_progress: OnProgress) -> None:

@@ -13,6 +13,7 @@ import msgspec
 from pydantic import BaseModel
 
 from vllm_server.openai.errors import TYPES
+from vllm_server.openai.policy import IDLE, REFUSED
 from vllm_server.openai.schema import (
     ChatRequest,
     CompletionRequest,
@@ -146,7 +147,27 @@ def _page(description: Mapping[str, Any]) -> str:
         f"<style>{_STYLE}</style></head><body><h1>vllm-lite API</h1><p>Version "
         f"{html.escape(description['info']['version'])}. Machine-readable: "
         '<a href="openapi.json">openapi.json</a>.</p><table><tr><th>Method</th><th>Path</th>'
-        f"<th>What it does</th></tr>{''.join(rows)}</table>{models}</body></html>"
+        f"<th>What it does</th></tr>{''.join(rows)}</table>{models}{_refused()}</body></html>"
+    )
+
+
+def _refused() -> str:
+    """The parameters that are known and answered with 400 `unsupported_parameter`."""
+    rows: dict[str, list[str]] = {}
+    for route, table in REFUSED.items():
+        for name, refusal in table.items():
+            only = ", ".join(map(repr, refusal.neutral))
+            passes = f" Accepted: {only}." if only else ""
+            rows.setdefault(f"{name}\n{refusal.reason}{passes}", []).append(route)
+    cells = "".join(
+        f"<tr><td><code>{html.escape(text.partition(chr(10))[0])}</code></td><td>"
+        f"{html.escape(text.partition(chr(10))[2])}</td><td>{', '.join(routes)}</td></tr>"
+        for text, routes in rows.items()
+    )
+    idle = ", ".join(f"<code>{name}</code>" for name in sorted(IDLE))
+    return (
+        f"<h2>Refused parameters</h2><table>{cells}</table>"
+        f"<h2>Parameters without effect</h2><p>{idle}</p>"
     )
 
 

@@ -19,7 +19,7 @@ from vllm_traits import (
 
 from vllm_server.openai.errors import ApiError, from_engine, from_output, invalid, unavailable
 from vllm_server.openai.prompts import encode_prompts, truncated
-from vllm_server.openai.requests import read, service_of, warning_headers
+from vllm_server.openai.requests import read, service_of, unique_id, warning_headers
 from vllm_server.openai.sampling import check_model, check_priority
 from vllm_server.openai.schema import EmbeddingRequest
 from vllm_server.ops.exchange import Reply
@@ -52,7 +52,7 @@ async def embeddings(call: Call) -> Reply:
     prompts = [_fitting(p.ids, request, service.card) for p in encoded]
     priority = check_priority(request.priority, call.exchange.header(b"x-priority"))
     salt = call.state.salt(call.identity, request.cache_salt)
-    base = f"embd-{call.exchange.id}-{id(call)}"
+    base = f"embd-{unique_id(call)}"
     requests = [
         Request(f"{base}-{i}", ids, params, priority, salt) for i, ids in enumerate(prompts)
     ]
@@ -60,7 +60,7 @@ async def embeddings(call: Call) -> Reply:
     vectors = await _run(service.engine, requests, call.state.settings.server.request_timeout)
     body: dict[str, Any] = {
         "object": "list",
-        "id": f"embd-{call.exchange.id}",
+        "id": base,
         "model": model,
         "data": [
             {"object": "embedding", "index": i, "embedding": _shown(v, request)}

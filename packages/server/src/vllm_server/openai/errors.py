@@ -39,7 +39,7 @@ TYPES: Mapping[int, str] = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class ApiError(Exception):
     """An answer that is an error.
 

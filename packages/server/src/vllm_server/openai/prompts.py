@@ -56,7 +56,7 @@ async def encode_prompts(
     num_chars = 0
     for prompt in prompts:
         if isinstance(prompt, str):
-            check_size(len(prompt), prompt, card, param)
+            check_size([prompt], card, param)
             num_chars += len(prompt)
         else:
             check_ids(prompt, card.vocab_size, param)
@@ -76,16 +76,23 @@ def _encode_all(
     ]
 
 
-def check_size(num_chars: int, text: str, card: ModelCard, param: str) -> None:
+def check_size(texts: Sequence[str], card: ModelCard, param: str) -> None:
     """Refuse a text that cannot fit, whatever its tokens are.
+
+    Args:
+        texts: Parts of one prompt.
+        card: Of the model.
+        param: Name of the field that holds the prompt.
 
     Raises:
         ApiError: 400 `context_length_exceeded`.
     """
     limit = card.max_model_len * BYTES_PER_TOKEN
-    if num_chars * 4 <= limit:
+    size = sum(map(len, texts))
+    if size * 4 <= limit:
         return
-    size = len(text.encode())
+    if size <= limit:
+        size = sum(len(text.encode()) for text in texts)
     if size > limit:
         raise too_long(
             size // BYTES_PER_TOKEN,
@@ -146,8 +153,7 @@ async def encode_messages(
             "continue_final_message",
         )
     messages = template_messages(request.messages, tokenizer)
-    size = sum(len(m["content"]) for m in messages)
-    check_size(size, "".join(m["content"] for m in messages), card, "messages")
+    check_size([m["content"] for m in messages], card, "messages")
     variables = template_variables(request, tokenizer, warnings)
     try:
         return await state.in_thread(_render, tokenizer, request, messages, variables)

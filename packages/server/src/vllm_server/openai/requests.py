@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from vllm_traits import SamplingParams
 
-from vllm_server.openai.errors import ApiError, invalid
+from vllm_server.openai.errors import invalid, unavailable
 from vllm_server.openai.generation import Plan
 from vllm_server.openai.json_body import decode_object
 from vllm_server.openai.prompts import Encoded, truncated
@@ -66,8 +66,14 @@ def service_of(call: Call) -> Service:
     """The loaded model; the pipeline lets no work through before it is there."""
     service = call.state.service
     if service is None:
-        raise ApiError(503, "loading", "The model is being loaded; try again later.")
+        raise unavailable("loading", "The model is being loaded; try again later.", 5)
     return service
+
+
+def unique_id(call: Call) -> str:
+    """The exchange's id; one that the client chose may come twice and gets a random end."""
+    own = "" if call.exchange.has_random_id else f"-{secrets.token_hex(4)}"
+    return call.exchange.id + own
 
 
 def make_plan(
@@ -127,10 +133,7 @@ def _cut(prompt: Encoded, ids: tuple[int, ...]) -> Encoded:
 
 def _public_id(call: Call, request: ChatRequest | CompletionRequest) -> str:
     kind = "chatcmpl-" if isinstance(request, ChatRequest) else "cmpl-"
-    if request.request_id is not None:
-        return kind + request.request_id
-    own = "" if call.exchange.has_random_id else f"-{secrets.token_hex(4)}"
-    return kind + call.exchange.id + own
+    return kind + (request.request_id or unique_id(call))
 
 
 def _priority_header(call: Call) -> bytes | None:

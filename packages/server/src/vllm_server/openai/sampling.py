@@ -6,7 +6,7 @@ Knows token ids and numbers; prompts are made in `vllm_server.openai.prompts`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from vllm_traits import SamplingParams
 
@@ -52,13 +52,13 @@ def check_stream(request: Generation) -> None:
         raise invalid("`prompt_logprobs` cannot be streamed.", "prompt_logprobs")
 
 
-def check_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
+def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
     """Token ids must be in the vocabulary of the logits.
 
     Raises:
         ApiError: 400.
     """
-    for token_id in ids:
+    for token_id in (min(ids), max(ids)) if ids else ():
         if not 0 <= token_id < vocab_size:
             raise invalid(
                 f"Token id {token_id} is outside of the vocabulary of {vocab_size} tokens.", param
@@ -133,7 +133,7 @@ def sampling_params(
     """
     vocab_size = service.card.vocab_size
     check_ids(request.stop_token_ids, vocab_size, "stop_token_ids")
-    check_ids((i for i, _ in request.logit_bias), vocab_size, "logit_bias")
+    check_ids([i for i, _ in request.logit_bias], vocab_size, "logit_bias")
     check_ids(request.allowed_token_ids or (), vocab_size, "allowed_token_ids")
     limit = settings.server.max_logprobs
     logprobs = num_logprobs(request, limit)

@@ -8,7 +8,14 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from vllm_server.openai.errors import MAX_FIELD_ERRORS, ApiError, echo, invalid, unsupported
+from vllm_server.openai.errors import (
+    MAX_ECHO,
+    MAX_FIELD_ERRORS,
+    ApiError,
+    echo,
+    invalid,
+    unsupported,
+)
 from vllm_server.openai.policy import ALIASES, IDLE, refusal_of
 from vllm_server.openai.schema import Body
 
@@ -44,7 +51,10 @@ def validate(
     unknown = tuple(n for n in unknown if not _is_neutral(route, n))
     if unknown and strict_names:
         raise ApiError(
-            400, "unknown_parameter", f"The parameter {echo(unknown[0])} is unknown.", unknown[0]
+            400,
+            "unknown_parameter",
+            f"The parameter {echo(unknown[0])} is unknown.",
+            unknown[0][:MAX_ECHO],
         )
     try:
         found = model.model_validate(given)

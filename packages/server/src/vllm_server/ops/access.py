@@ -5,20 +5,21 @@ from __future__ import annotations
 from vllm_server.openai.errors import ApiError
 from vllm_server.ops.auth import ANYBODY, Identity, KeyRing, credentials, is_foreign, is_local
 from vllm_server.ops.exchange import Exchange
-from vllm_server.ops.routes import Scope
+from vllm_server.ops.routes import Route
 
 
-def authorize(scope: Scope, exchange: Exchange, keys: KeyRing) -> Identity:
-    """The caller, if the scope lets it in.
+def authorize(route: Route, exchange: Exchange, keys: KeyRing) -> Identity:
+    """The caller, if the route's scope lets it in.
 
     Raises:
         ApiError: 401 without a good key, 403 with one that is not enough.
     """
+    scope = route.scope
     if scope == "public":
         return ANYBODY
     if scope == "admin":
         return _admin(exchange, keys)
-    if not len(keys):
+    if not len(keys) and not route.needs_key:
         return ANYBODY
     identity = _identity(exchange, keys)
     enough = {"admin", "inference"} | ({"metrics"} if scope == "metrics" else set[str]())

@@ -173,12 +173,13 @@ class Exchange:
 
     async def reply(self, reply: Reply) -> None:
         """Send a complete answer."""
-        headers = [
+        about_body = [
             ("content-type", reply.content_type),
             ("content-length", str(len(reply.body))),
-            *reply.headers,
         ]
-        await self.start(reply.status, headers)
+        await self.start(
+            reply.status, [*(about_body if reply.status != 204 else ()), *reply.headers]
+        )
         await self.send_body(b"" if self.method == "HEAD" else reply.body)
 
     def cut(self) -> None:

@@ -132,7 +132,7 @@ class Application:
 
     def _identify(self, exchange: Exchange, route: Route) -> Identity:
         try:
-            return authorize(route.scope, exchange, self.state.keys)
+            return authorize(route, exchange, self.state.keys)
         except ApiError:
             self.metrics.auth_failures.inc()
             raise

@@ -53,6 +53,7 @@ class Route:
         is_work: Whether it needs the model and counts as work to be drained.
         is_limited: Whether it counts against the caller's rate.
         is_quiet: Whether access log and HTTP metrics leave it out.
+        needs_key: Whether nobody passes without a key even where none are configured.
     """
 
     path: str
@@ -61,6 +62,7 @@ class Route:
     is_work: bool = False
     is_limited: bool = False
     is_quiet: bool = False
+    needs_key: bool = False
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -22,6 +22,13 @@ MAX_COUNT = 100_000
 MAX_STEPS = 2_000_000
 MAX_SECONDS = 2.0
 
+_WRITERS = frozenset(
+    {
+        "string", "pprint", "upper", "lower", "trim", "title", "capitalize", "replace", "escape",
+        "e", "forceescape", "safe", "striptags", "truncate", "wordcount", "urlencode", "urlize",
+    }
+)  # fmt: skip
+MAX_INDENT = 16
 _WIDE = re.compile(r"\d{5,}")
 
 
@@ -73,6 +80,32 @@ def _check_arguments(args: Iterable[Any]) -> None:
             raise TemplateLimitError("the chat template uses a number that is too large")
 
 
+def _weigh(value: Any, left: int = MAX_TEXT) -> int:
+    """What is left of a size after the texts in a value, however deep.
+
+    Raises:
+        TemplateLimitError: Nothing is left.
+    """
+    if isinstance(value, str):
+        left -= len(value)
+    elif isinstance(value, dict):
+        for key, inner in cast("dict[Any, Any]", value).items():
+            left = _weigh(inner, _weigh(key, left))
+    elif isinstance(value, (list, tuple)):
+        for inner in cast("list[Any]", value):
+            left = _weigh(inner, left)
+    if left <= 0:
+        _check_size(MAX_TEXT + 1)
+    return left - 1
+
+
+def _weighed(value: Any) -> Any:
+    """A value that is about to be written, if it is not too large."""
+    if isinstance(value, (dict, list, tuple)):
+        _weigh(value)
+    return value  # pyright: ignore[reportUnknownVariableType]
+
+
 def _size(value: Any) -> int:
     return len(value) if isinstance(value, (str, bytes, list, tuple)) else 1  # pyright: ignore[reportUnknownArgumentType]
 
@@ -84,6 +117,7 @@ def _check_growth(name: str, subject: Any, args: tuple[Any, ...]) -> None:
         _check_size(len(subject) + times * len(str(args[1])))
     elif name == "join" and args:
         items, separator = (args[0], subject) if isinstance(subject, str) else (subject, args[0])
+        _weigh(items)
         _check_size(_size(items) * _size(separator))
     elif name in ("format", "format_map") and isinstance(subject, str) and _WIDE.search(subject):
         raise TemplateLimitError("the chat template formats a text that is too wide")
@@ -95,7 +129,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["*", "**", "+", "%"])
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], finalize=_weighed
+        )
         self.filters = {name: _guarded(name, f) for name, f in self.filters.items()}
         self.filters.update(tojson=_to_json, _counted=_counted, _concatenated=_concatenated)
         variables = cast("dict[str, Any]", self.globals)  # pyright: ignore[reportUnknownMemberType]
@@ -163,7 +199,10 @@ def _guarded(name: str, apply: Callable[..., Any]) -> Callable[..., Any]:
         METER.get().spend()
         given = args[subject_at + 1 :]
         _check_arguments((*given, *kwargs.values()))
-        _check_growth(name, args[subject_at] if len(args) > subject_at else None, given)
+        subject = args[subject_at] if len(args) > subject_at else None
+        if name in _WRITERS:
+            _weighed(subject)
+        _check_growth(name, subject, given)
         return apply(*args, **kwargs)
 
     guarded.__dict__.update(getattr(apply, "__dict__", {}))
@@ -184,7 +223,7 @@ def _counted(items: Any) -> Any:
 
 def _concatenated(parts: list[Any]) -> str:
     METER.get().spend()
-    texts = [str(part) for part in parts]
+    texts = [str(_weighed(part)) for part in parts]
     _check_size(sum(map(len, texts)))
     return "".join(texts)
 
@@ -197,7 +236,9 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """JSON as model authors trained on it: plain, without the escapes meant for HTML."""
-    _check_arguments((indent,))
+    _weighed(value)
+    if indent is not None and indent > MAX_INDENT:
+        raise TemplateLimitError("the chat template indents too far")
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

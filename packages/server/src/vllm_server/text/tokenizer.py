@@ -82,11 +82,13 @@ class Tokenizer:
             add_special_tokens: Add what the model expects around a text, such as the
                 beginning-of-sequence token.
         """
-        return self._source.encode(text, add_special_tokens=add_special_tokens).ids
+        # The call for batches lets other threads run meanwhile; the one for a single text does not.
+        [found] = self._source.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return found.ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a text without special tokens, and the characters each one covers."""
-        found = self._source.encode(text, add_special_tokens=False)
+        [found] = self._source.encode_batch([text], add_special_tokens=False)
         return found.ids, found.offsets
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

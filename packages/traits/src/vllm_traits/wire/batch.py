@@ -12,11 +12,12 @@ from vllm_traits.batch import Batch, Chunk, Start
 from vllm_traits.errors import WireError
 from vllm_traits.wire.frame import MAX_BODY_BYTES, MAX_ROWS, Kind
 from vllm_traits.wire.params import read_params, write_params
-from vllm_traits.wire.reader import Reader, flags_of
-from vllm_traits.wire.writer import Writer, bits_of
+from vllm_traits.wire.reader import Reader
+from vllm_traits.wire.writer import Writer
 
 # seq_id, start, num_tokens, num_drafts, flags, numbers of new blocks and of draft ids
 ROW = Struct("<qiiiIII")
+FLAGS = ((False, False), (True, False), (False, True), (True, True))  # sample, masked
 START = Struct("<qqi")  # seq_id, seed, num_prompt_tokens
 
 
@@ -28,17 +29,7 @@ def encode_batch(batch: Batch) -> bytes:
     """
     writer = Writer()
     writer.count(len(batch.chunks), MAX_ROWS)
-    for chunk in batch.chunks:
-        writer.pack(
-            ROW,
-            chunk.seq_id,
-            chunk.start,
-            chunk.num_tokens,
-            chunk.num_drafts,
-            bits_of(chunk.sample, chunk.masked),
-            len(chunk.new_blocks),
-            len(chunk.draft_ids),
-        )
+    writer.rows(ROW, [_row(chunk) for chunk in batch.chunks])
     writer.ints(tuple(chain.from_iterable(chunk.new_blocks for chunk in batch.chunks)))
     writer.ints(tuple(chain.from_iterable(chunk.draft_ids for chunk in batch.chunks)))
     writer.longs(batch.released)
@@ -46,6 +37,12 @@ def encode_batch(batch: Batch) -> bytes:
     for start in batch.starts:
         writer.blob(_start_body(start), MAX_BODY_BYTES)
     return writer.frame(Kind.BATCH, batch.step)
+
+
+def _row(chunk: Chunk) -> tuple[int, ...]:
+    seq_id, start, num_tokens, new_blocks, num_drafts, draft_ids, sample, masked = chunk
+    flags = FLAGS.index((sample, masked))
+    return seq_id, start, num_tokens, num_drafts, flags, len(new_blocks), len(draft_ids)
 
 
 def decode_batch(frame: bytes) -> Batch:
@@ -72,7 +69,9 @@ def _chunks(
     block = draft = 0
     for row in ROW.iter_unpack(rows):
         seq_id, start, num_tokens, num_drafts, flags, num_blocks, num_ids = row
-        sample, masked = flags_of(flags, 2)
+        if flags >= len(FLAGS):
+            raise WireError(f"Flags {flags:#x} are not known.")
+        sample, masked = FLAGS[flags]
         new_blocks = blocks[block : block + num_blocks]
         draft_ids = drafts[draft : draft + num_ids]
         block, draft = block + num_blocks, draft + num_ids

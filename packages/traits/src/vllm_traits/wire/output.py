@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import accumulate, chain, pairwise
 from struct import Struct
 from typing import TypeVar
 
@@ -31,7 +32,7 @@ def encode_output(output: BatchOutput, step: int = 0) -> bytes:
         WireError: A number or a list is larger than the encoding allows.
     """
     writer = Writer()
-    write_by_sequence(writer, output.token_ids, writer.ints)
+    _write_tokens(writer, output.token_ids)
     write_by_sequence(writer, output.logprobs, lambda each: _write_entries(writer, each))
     write_by_sequence(writer, output.prompt_logprobs, lambda each: _write_entries(writer, each))
     write_by_sequence(writer, output.embeddings, writer.floats)
@@ -49,7 +50,7 @@ def decode_output(frame: bytes) -> BatchOutput:
         WireError: The frame is not one that `encode_output` makes.
     """
     reader = Reader.of_frame(frame, Kind.OUTPUT)
-    token_ids = read_by_sequence(reader, reader.ints)
+    token_ids = _read_tokens(reader)
     logprobs = read_by_sequence(reader, lambda: _read_entries(reader))
     prompt_logprobs = read_by_sequence(reader, lambda: _read_entries(reader))
     embeddings = read_by_sequence(reader, reader.floats)
@@ -79,6 +80,27 @@ def read_by_sequence(reader: Reader, read: Callable[[], Value]) -> dict[int, Val
             raise WireError(f"Sequence {seq_id} occurs twice.")
         values[seq_id] = read()
     return values
+
+
+def _write_tokens(writer: Writer, token_ids: Mapping[int, tuple[int, ...]]) -> None:
+    """Three flat lists: every step has this one for every sequence."""
+    writer.longs(tuple(token_ids))
+    writer.ints([len(each) for each in token_ids.values()])
+    writer.ints(tuple(chain.from_iterable(token_ids.values())))
+
+
+def _read_tokens(reader: Reader) -> dict[int, tuple[int, ...]]:
+    seq_ids, lengths, flat = reader.longs(), reader.ints(), reader.ints()
+    ends = tuple(accumulate(lengths, initial=0))
+    if len(lengths) != len(seq_ids) or ends[-1] != len(flat) or min(lengths, default=0) < 0:
+        raise WireError("The lengths of the sequences do not add up.")
+    token_ids = {
+        seq_id: flat[start:end]
+        for seq_id, (start, end) in zip(seq_ids, pairwise(ends), strict=True)
+    }
+    if len(token_ids) != len(seq_ids):
+        raise WireError("A sequence occurs twice.")
+    return token_ids
 
 
 def _write_entries(writer: Writer, entries: tuple[TokenLogprobs, ...]) -> None:

@@ -113,16 +113,12 @@ class Reader:
 
     def flags(self, number: int) -> tuple[bool, ...]:
         """So many flags of one byte; the other bits must be 0."""
-        return flags_of(self.unpack(BYTE)[0], number)
+        bits: int = self.unpack(BYTE)[0]
+        if bits >> number:
+            raise WireError(f"Flags {bits:#x} are not known.")
+        return tuple(bool(bits >> place & 1) for place in range(number))
 
     def end(self) -> None:
         """Check that nothing is left."""
         if self._place != len(self._data):
             raise WireError(f"{len(self._data) - self._place} bytes are left over.")
-
-
-def flags_of(bits: int, number: int) -> tuple[bool, ...]:
-    """The lowest bits as booleans; the others must be 0."""
-    if bits >> number:
-        raise WireError(f"Flags {bits:#x} are not known.")
-    return tuple(bool(bits >> place & 1) for place in range(number))

@@ -35,6 +35,13 @@ class Writer:
         except struct.error as error:
             raise WireError(f"{values} cannot be encoded: {error}.") from None
 
+    def rows(self, form: Struct, rows: Sequence[tuple[int, ...]]) -> None:
+        """Rows of one form, without their count."""
+        try:
+            self._parts += [form.pack(*row) for row in rows]
+        except struct.error as error:
+            raise WireError(f"A row cannot be encoded: {error}.") from None
+
     def array(self, code: str, values: Sequence[int | float]) -> None:
         """Numbers of one type, without their count."""
         try:
@@ -82,7 +89,7 @@ class Writer:
 
     def flags(self, *flags: bool) -> None:
         """Up to 8 flags in one byte, the first one lowest."""
-        self.pack(BYTE, bits_of(*flags))
+        self.pack(BYTE, sum(flag << place for place, flag in enumerate(flags)))
 
     def body(self) -> bytes:
         """Everything written so far."""
@@ -97,8 +104,3 @@ class Writer:
             return HEADER.pack(MAGIC, VERSION, kind, step, len(body)) + body
         except struct.error as error:
             raise WireError(f"Step {step} cannot be encoded: {error}.") from None
-
-
-def bits_of(*flags: bool) -> int:
-    """Flags as one number, the first one lowest."""
-    return sum(1 << place for place, flag in enumerate(flags) if flag)
