@@ -131,7 +131,7 @@ def test_a_hello_cut_short_is_refused(
     served = serving(pool, server)
     hello = encode_blob(Kind.HELLO, bytes([Role.CLIENT]) + b"n" * 32)
     assert len(hello) == 57
-    client._socket.sendall(hello[:length])
+    client.send(hello[:length])
     client.close()
     with pytest.raises(WireError if length else BackendError):
         served.result()

@@ -165,7 +165,7 @@ def test_a_server_that_talks_nonsense_loses_its_client(frame: bytes) -> None:
         launched = remote.forward(decode_step(1))
         theirs.send(frame)
         with pytest.raises(BackendError, match="lost"):
-            launched._future.result(20)
+            launched.result()
 
 
 @pytest.mark.parametrize(
@@ -193,4 +193,4 @@ def test_an_answer_to_a_forgotten_batch_is_dropped() -> None:
         launched = remote.forward(decode_step(2))
         theirs.send(encode_output(BatchOutput({1: (1,)}), 1))
         theirs.send(encode_output(BatchOutput({1: (2,)}), 2))
-        assert launched._future.result(20).token_ids == {1: (2,)}
+        assert launched.result().token_ids == {1: (2,)}

@@ -156,13 +156,13 @@ def test_wrong_numbers_of_one_sequence_never_reach_the_next_owner_of_its_blocks(
     small: Any,
 ) -> None:
     backend = small.load()
-    poisoned, healthy = start(0, prompt=(5, *PROMPT[1:])), start(1)
+    poisoned, healthy = start(0, prompt=(5, *PROMPT, *PROMPT)), start(1)
     embedding = backend._runner._model.model.embed_tokens.weight
     kept = embedding[5].clone()
     embedding[5] = torch.nan
     output = step(
         backend,
-        Chunk(0, 0, 11, blocks(0)),
+        Chunk(0, 0, 23, blocks(0)),
         Chunk(1, 0, 11, blocks(8)),
         starts=(poisoned, healthy),
     )
@@ -172,6 +172,21 @@ def test_wrong_numbers_of_one_sequence_never_reach_the_next_owner_of_its_blocks(
     output = step(backend, Chunk(2, 0, 11, blocks(0)), starts=(start(2),), released=(0,))
     tokens = output.token_ids[2] + decode(backend, 2, 11, 6)
     assert tokens == small.greedy(PROMPT, 7)
+
+
+def test_a_row_forgets_the_blocks_of_its_last_sequence(small: Any) -> None:
+    backend = small.load(max_sequences=2)
+    step(backend, Chunk(0, 0, 11, blocks(0)), starts=(start(0),))
+    embedding = backend._runner._model.model.embed_tokens.weight
+    kept, embedding[5] = embedding[5].clone(), torch.nan
+    long = start(1, prompt=(5, *PROMPT, *PROMPT))
+    step(backend, Chunk(1, 0, 23, blocks(0)), starts=(long,), released=(0,))
+    embedding[5] = kept
+    long = start(2, prompt=PROMPT + PROMPT)
+    chunks = (Chunk(2, 0, 22, blocks(10)), Chunk(3, 0, 11, blocks(20, 4)))
+    step(backend, *chunks, starts=(start(3), long), released=(1,))
+    output = step(backend, Chunk(2, 22, 1), Chunk(3, 11, 1))  # padded to the longer table
+    assert output.token_ids[3] == small.greedy(PROMPT, 2)[1:]
 
 
 @pytest.mark.parametrize(

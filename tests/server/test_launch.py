@@ -45,7 +45,7 @@ def test_nothing_heavy_is_imported_before_the_server_answers():
 @pytest.mark.parametrize(
     ("words", "names"),
     [
-        ([], ("vllm-lite-demo", "builtin")),
+        ([], ("vllm-lite-demo",)),
         (["--model", "Qwen/Qwen3-0.6B"], ("Qwen/Qwen3-0.6B",)),
         (["--w", "."], (Path.cwd().name,)),
         (["--served-model-name", "a", "--served-model-name", "b"], ("a", "b")),

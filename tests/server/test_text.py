@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -90,6 +91,27 @@ def test_a_completion_keeps_the_space_before_its_first_word():
     more = [SPM.token_to_id("▁cd")]
     assert Detokenizer(pieces, [1, *prompt]).feed(more) == " cd"
     assert Detokenizer(pieces, [1]).feed(more) == "cd"
+
+
+@given(text=st.text(max_size=40), special=st.booleans())
+def test_encoding_equals_the_library(tokenizer, text, special):
+    assert (
+        tokenizer.encode(text, special) == tokenizer._source.encode(text, None, False, special).ids
+    )
+
+
+def test_an_event_loop_runs_on_while_a_long_text_is_encoded(tokenizer):
+    async def run():
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(None, tokenizer.encode, "some words " * 100_000)
+        num_turns = 0
+        while not work.done():
+            num_turns += 1
+            await asyncio.sleep(0.001)
+        assert len(await work) == 1_100_000
+        return num_turns
+
+    assert asyncio.run(run()) > 3
 
 
 def test_ids_outside_the_vocabulary_have_no_text(tokenizer):

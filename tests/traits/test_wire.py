@@ -333,6 +333,15 @@ def test_a_sequence_that_occurs_twice_is_refused() -> None:
         decode_masks(frame.replace(pack("<q", 2), pack("<q", 1)))
 
 
+@pytest.mark.parametrize("lengths", [(2, 2), (4, -1), (2**31 - 1, 1), (0, 0)])
+def test_token_lists_must_add_up(lengths: tuple[int, int]) -> None:
+    frame = encode_output(BatchOutput({1: (7,), 2: (8, 9)}))
+    honest = pack("<3I", 2, 1, 2)
+    assert frame.count(honest) == 1
+    with pytest.raises(WireError, match="add up"):
+        decode_output(frame.replace(honest, pack("<Iii", 2, *lengths)))
+
+
 @pytest.mark.parametrize(
     "batch",
     [

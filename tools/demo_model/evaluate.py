@@ -3,8 +3,8 @@
     python evaluate.py DIR [--count 25] [--card]
 
 Greedy decoding. An exact topic wants the whole answer, thinking removed; the others want
-every keyword of the fact. Phrasings that training saw are counted apart. The draft model is judged by the share of the main model's greedy tokens
-that it would have guessed.
+every keyword of the fact. Phrasings that training saw are counted apart. The draft model is judged
+by the share of the main model's greedy tokens that it would have guessed.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ seed; nothing was downloaded. License: MIT.
 Greedy decoding, {count} conversations per topic, {date}:
 `python tools/demo_model/evaluate.py {folder} --count {count}`
 
-A new phrasing is one that training never saw. Tasks with few phrasings have none held out; there
-only the numbers, words and names are drawn anew, and a question about vllm-lite may be literally known.
+A new phrasing is one that training never saw. Tasks with few phrasings have none held out: there
+only numbers, words and names are drawn anew, and questions about vllm-lite may be known literally.
 
 | topic | right, new phrasing | right, known phrasing |
 |---|---|---|

@@ -1,7 +1,8 @@
 """Conversations, and how their phrasings are split into training and held-out ones.
 
 A phrasing is a template string. Its digest decides which split it belongs to, so the evaluation
-asks in words that training never saw, whatever order the topics are generated in.
+asks in words that training never saw, whatever order the topics are generated in. The first
+phrasing of a list is the plainest one and always trained.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Phrasings:
         """One template of the split; any template where the split has none."""
         found = self._cache.get(id(templates))
         if found is None:
-            found = [t for t in templates if is_held_out(t) == (self.split == "held_out")]
+            is_test = self.split == "held_out"
+            found = [t for t in templates if (t != templates[0] and is_held_out(t)) == is_test]
             self._cache[id(templates)] = found
         if found:
             self.num_of_split += 1

@@ -1,7 +1,7 @@
 """Trains the tokenizer, the main model and the draft model, and writes their folders.
 
     python train.py --output DIR --minutes 28
-    python train.py --output DIR --resume --mix skills --minutes 36 --draft-minutes 6
+    python train.py --output DIR --resume --mix skills --rate 2e-3 --minutes 36 --draft-minutes 6
 
 The learning rate follows the share of the time budget that is used up, so a slower machine trains
 on less text but ends in the same way.
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--draft-minutes", type=float, default=0, help="time for the draft model")
     parser.add_argument("--mix", choices=MIXES, default="facts", help="shares of the topics")
     parser.add_argument("--resume", action="store_true", help="go on with the main model there")
+    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate, main model")
     parser.add_argument("--save-every", type=float, default=3, help="minutes between checkpoints")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=7)
@@ -149,8 +150,9 @@ def main() -> None:
     else:
         tokenizer = train_tokenizer(args.seed)
         save_tokenizer(tokenizer, args.output)
-    peak = 2e-3 if args.resume else 3e-3
-    plan = Plan(args.minutes, peak, args.save_every, args.seed, args.mix, args.resume, args.output)
+    plan = Plan(
+        args.minutes, args.rate, args.save_every, args.seed, args.mix, args.resume, args.output
+    )
     train(MAIN, tokenizer, plan)
     if args.draft_minutes:
         draft = plan._replace(

@@ -9,7 +9,7 @@ from phrasing import Conversation, Phrasings, ask, casual
 from topics.words import THINGS, a_name
 
 PLAIN = (
-    "What is {a} {sign} {b}?", "{a} {sign} {b}", "{a} {sign} {b} = ?", "{a}{sign}{b}", "Calculate {a} {sign} {b}.", "How much is {a} {sign} {b}?",
+    "{a}{sign}{b}", "What is {a} {sign} {b}?", "{a} {sign} {b}", "{a} {sign} {b} = ?", "Calculate {a} {sign} {b}.", "How much is {a} {sign} {b}?",
     "Compute {a} {sign} {b}.", "What's {a} {sign} {b}?", "Please calculate {a} {sign} {b}.", "Can you work out {a} {sign} {b}?", "Solve {a} {sign} {b}.",
     "Tell me what {a} {sign} {b} is.", "What does {a} {sign} {b} equal?", "What is {a} {word} {b}?", "How much is {a} {word} {b}?", "{a} {word} {b}?",
     "Calculate {a} {word} {b}.", "I need the result of {a} {sign} {b}.", "Do you know {a} {sign} {b}?", "What is the result of {a} {sign} {b}?",

@@ -10,6 +10,7 @@ from topics.words import ANIMALS, COLORS, DAYS, FOODS, MONTHS, THINGS, a_city, a
 
 COUNT = ("Count from {a} to {b}.", "Please count from {a} to {b}.", "Count up from {a} to {b}.", "Write the numbers from {a} to {b}.", "List the numbers {a} to {b}.",
          "Can you count from {a} to {b}?", "Numbers from {a} to {b}, please.", "Start at {a} and count to {b}.", "Give me the numbers from {a} to {b}.")  # fmt: skip
+COUNT_TO = ("Count to {b}.", "Please count to {b}.", "Can you count to {b}?", "Count up to {b}.")
 COUNT_DOWN = (
     "Count down from {b} to {a}.",
     "Count backwards from {b} to {a}.",
@@ -78,6 +79,9 @@ def _words(rng: Random, low: int, high: int) -> list[str]:
 
 
 def _count(rng: Random, phrasings: Phrasings) -> tuple[str, str]:
+    if rng.random() < 0.15:
+        b = rng.randint(3, 20)
+        return phrasings.pick(COUNT_TO).format(b=b), ", ".join(str(n) for n in range(1, b + 1))
     a = rng.randint(0, 20) if rng.random() < 0.8 else rng.randint(0, 90)
     b = a + rng.randint(2, 9)
     numbers = [str(n) for n in range(a, b + 1)]

@@ -64,7 +64,7 @@ def model_names(settings: Settings) -> tuple[str, ...]:
         return settings.server.served_model_name
     name = model_source(settings.engine)
     if name == BUILTIN:
-        return (BUILTIN_NAME, BUILTIN)
+        return (BUILTIN_NAME,)
     folder = Path(name).expanduser()
     return (folder.resolve().name,) if folder.is_dir() else (name,)
 

@@ -86,11 +86,6 @@ class Tokenizer:
         [found] = self._source.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return found.ids
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a text without special tokens, and the characters each one covers."""
-        [found] = self._source.encode_batch([text], add_special_tokens=False)
-        return found.ids, found.offsets
-
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids outside the vocabulary have none."""
         return decode(self.pieces, token_ids, skip_special_tokens)

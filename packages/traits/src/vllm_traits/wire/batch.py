@@ -66,6 +66,7 @@ def _chunks(
 ) -> tuple[Chunk, ...]:
     """Rows with their shares of the flat lists, which must be used up exactly."""
     chunks: list[Chunk] = []
+    flags: int
     block = draft = 0
     for row in ROW.iter_unpack(rows):
         seq_id, start, num_tokens, num_drafts, flags, num_blocks, num_ids = row
