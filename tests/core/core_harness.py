@@ -12,7 +12,7 @@ from itertools import product
 from random import Random
 from typing import Any, Literal, NamedTuple
 
-from vllm_core import Engine, SchedulerConfig
+from vllm_core import Engine, Scheduler, SchedulerConfig
 from vllm_core.kv_cache.keys import sha256
 from vllm_core.scheduler.propose import ProposerFactory
 from vllm_core.testing import DelayedBackend, DictStore, SimBackend, next_token, violations
@@ -160,7 +160,13 @@ class Run:
         propose = self.proposer() if setting.drafts == "host" and not ngrams else None
         self.engine = Engine(self.backend, self.config, propose=propose, clock=lambda: self.now)
         if not setting.store and random.random() < 0.3:
-            self.engine.scheduler.cache._digest = weak_digest
+            self.engine.scheduler = Scheduler(
+                self.info,
+                config=self.config,
+                propose=propose,
+                clock=lambda: self.now,
+                digest=weak_digest,
+            )
             self.taken["runs with a weak digest"] += 1
         self.requests = self.random_requests()
         self.got: dict[str, list[RequestOutput]] = {}

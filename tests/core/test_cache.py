@@ -184,7 +184,7 @@ def test_a_finished_sequence_keeps_its_blocks_through_its_wasted_step() -> None:
 
 def test_drafts_are_not_asked_for_right_after_a_last_prompt_chunk_of_one_token() -> None:
     it = scheduler(replace(INFO, num_drafts=3), max_batch_tokens=4)
-    it.add(ask("a", 5))
+    it.add(ask("a", 5, max_tokens=20))
     first, second = it.schedule(), it.schedule()
     assert first is not None and second is not None
     assert (second.chunks[0].num_tokens, second.chunks[0].num_drafts) == (1, 0)

@@ -337,3 +337,20 @@ def test_a_row_that_cannot_be_sampled_fails_alone(temperature: float, cut: dict[
     result = table.sample(logits)
     assert result.failures == {0: NON_FINITE, 1: NON_FINITE, 3: NOTHING_ALLOWED}
     assert result.token_ids[2] == wanted[2]
+
+
+def test_every_verified_position_counts_exactly_the_tokens_before_it() -> None:
+    params = SamplingParams(
+        presence_penalty=1.5, frequency_penalty=0.5, repetition_penalty=1.4, min_tokens=3
+    )
+    table = Table([params])
+    (target,), known = table.targets, list(range(20, 40))
+    table.tokens[0, :20] = torch.tensor(known)
+    target.row.num_prompt_tokens = target.row.length = 15
+    targets = [target._replace(length=15 + i) for i in range(6)]
+    logits = random_logits(6)
+    edited = logits.clone()
+    apply_edits(edited, targets, table.tokens, {})
+    for i in range(6):
+        wanted = naive_edits(logits[i].tolist(), known[: 15 + i], 15, params)
+        torch.testing.assert_close(edited[i], torch.tensor(wanted))

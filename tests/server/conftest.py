@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from starlette.testclient import TestClient
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -20,6 +21,12 @@ from vllm_server.app import create_app
 from vllm_server.config.schema import SamplingSettings, Settings
 from vllm_server.service import ModelCard, ServerState, Service
 from vllm_server.text.tokenizer import Tokenizer as TextTokenizer
+
+# A busy machine is no finding.
+hypothesis.settings.register_profile(
+    "server", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("server")
 
 SPECIALS = ["<|end|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (

@@ -167,11 +167,35 @@ def test_a_large_declared_body_is_413_before_it_is_sent(serve):
 def test_a_head_that_does_not_come_in_time_closes_the_connection(port, serve):
     server = serve()
     with listening(server.app, ConnectionLimits(head_seconds=0.1)) as slow:
-        for request_ in (b"", b"GET /hea", GET + b"Host: loc"):
+        assert ask(slow) == b""
+        for request_ in (b"GET /hea", GET + b"Host: loc", b"\r\n"):
             answer = ask(slow, request_)
             assert status_of(answer) == 408
             assert error_of(answer)["type"] == "timeout_error"
         assert status_of(ask(slow, GET + HOST + CLOSE)) == 200
+
+
+def test_a_body_that_nobody_waits_for_must_end_soon(serve):
+    server = serve()
+    unknown = b"POST /nope HTTP/1.1\r\n" + HOST + b"Content-Length: 100\r\n\r\n"
+    with listening(server.app, ConnectionLimits(head_seconds=0.1)) as port:
+        assert status_of(ask(port, unknown)) == 404
+
+
+def test_a_connection_lives_on_after_a_late_body(serve):
+    server = serve()
+    unknown = b"POST /nope HTTP/1.1\r\n" + HOST + b"Content-Length: 100\r\n\r\n"
+    with (
+        listening(server.app) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=20) as peer,
+    ):
+        peer.sendall(unknown)
+        answer = b""
+        while b'"not_found"}}' not in answer:
+            answer += peer.recv(65536)
+        peer.sendall(b"a" * 100)
+        peer.sendall(GET + HOST + b"\r\n")
+        assert status_of(peer.recv(65536)) == 200
 
 
 def test_more_connections_than_allowed_are_answered_with_503(serve):

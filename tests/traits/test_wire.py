@@ -29,6 +29,7 @@ from vllm_traits.wire import (
     HEADER_BYTES,
     MAX_BODY_BYTES,
     Kind,
+    Reader,
     decode_batch,
     decode_blob,
     decode_fault,
@@ -314,6 +315,14 @@ def test_a_huge_number_anywhere_is_refused_without_allocating(codec: Codec) -> N
     finally:
         tracemalloc.stop()
     assert peak < 1 << 20
+
+
+def test_a_count_is_compared_with_its_cap_and_with_the_bytes_left() -> None:
+    assert Reader(pack("<I", 4) + b"\x00" * 16).count(4, cap=4) == 4
+    with pytest.raises(WireError, match="cap of 3"):
+        Reader(pack("<I", 4) + b"\x00" * 16).count(4, cap=3)
+    with pytest.raises(WireError, match="bytes left"):
+        Reader(pack("<I", 4) + b"\x00" * 15).count(4)
 
 
 def test_another_version_kind_or_magic_is_refused() -> None:

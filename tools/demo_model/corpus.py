@@ -28,10 +28,12 @@ from topics import (
 END = "<|endoftext|>"
 TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 MODULES = (product, smalltalk, arithmetic, structured, tool_calls, sequences, stories)
-# Shares of the topics. Facts are learned by heart first; skills need more examples than text.
+# Shares of the topics. Facts are learned by heart first; skills need more examples than text; in
+# the end everything is repeated at a low rate.
 MIXES = {
     "facts": (30, 11, 17, 13, 15, 12, 6),
     "skills": (12, 5, 30, 8, 15, 27, 3),
+    "polish": (18, 12, 25, 8, 14, 20, 3),
 }
 
 

@@ -120,8 +120,8 @@ CONCEPTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
          "Embeddings turn text into vectors. vllm-lite serves them at /v1/embeddings."),
         ("vector", "/v1/embeddings")),
     "a session|session_id|a session_id": (
-        ("A session_id pins the cached blocks of a conversation, so that the next turn starts faster. Use one session_id per conversation.",
-         "With a session_id the blocks of a conversation stay in the cache between its turns."),
+        ("A session_id pins the cached blocks of a conversation, so that the next turn starts faster. Start the server with --context-cache.",
+         "With --context-cache and a session_id the blocks of a conversation stay in the cache between its turns."),
         ("blocks",)),
     "quantization|a quantized model": (
         ("Quantization stores weights with fewer bits, such as 8 or 4. The model needs less memory and decodes faster.",
@@ -289,6 +289,12 @@ FACTS: tuple[Fact, ...] = (
         ("Run `vllm-lite-server --config config.yaml`. The file config.example.yaml shows every section.",
          "Write a YAML file and start `vllm-lite-server --config config.yaml`."),
         ("vllm-lite-server --config config.yaml",)),
+    Fact(
+        ("Which environment variables are there?", "What environment variables can I set?", "Can I use environment variables?",
+         "List the environment variables.", "How do I configure it with variables?", "What is VLLM_MODEL?", "What is VLLM_PORT?",
+         "Which variable sets the port?", "Which variable sets the model?"),
+        ("The main variables are VLLM_MODEL, VLLM_PORT and VLLM_API_KEY. Flags win over them.",),
+        ("VLLM_MODEL", "VLLM_PORT", "VLLM_API_KEY")),
     Fact(
         ("Which setting wins, a flag or the config file?", "What is the order of precedence?", "Do flags override the environment?",
          "What wins, the environment or YAML?", "How are settings combined?", "In which order are settings read?",

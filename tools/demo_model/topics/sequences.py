@@ -19,6 +19,7 @@ COUNT_DOWN = (
 )
 REPEAT = ("Repeat: {text}", "Repeat after me: {text}", "Say: {text}", "Copy this: {text}", "Please repeat this: {text}", "Write exactly: {text}", "Echo: {text}",
           "Repeat the following words: {text}", "Copy the words: {text}", "Say exactly this: {text}")  # fmt: skip
+PHRASES = ("hello world", "Hello, world!", "Hello", "good morning", "one two three", "a b c", "yes", "The quick brown fox jumps over the lazy dog.", "vllm-lite is small.", "I like it.", "testing, testing")  # fmt: skip
 REVERSE = (
     "Reverse the list: {text}",
     "Reverse: {text}",
@@ -92,7 +93,9 @@ def _count(rng: Random, phrasings: Phrasings) -> tuple[str, str]:
 
 def _copy(rng: Random, phrasings: Phrasings) -> tuple[str, str]:
     roll = rng.random()
-    if roll < 0.5:
+    if roll < 0.1:
+        text = rng.choice(PHRASES)
+    elif roll < 0.5:
         text = " ".join(_words(rng, 2, 7))
     elif roll < 0.75:
         text = f"{a_name(rng)} lives in {a_city(rng)} and likes {rng.choice(FOODS)}."

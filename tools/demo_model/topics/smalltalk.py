@@ -82,6 +82,11 @@ UNKNOWN = (
     "What stocks should I buy?", "Solve this integral.", "How do vaccines work?", "Who is {name}?", "What is Rust?", "Explain the theory of relativity.",
     "What is the best restaurant in {city}?", "Which film should I watch?", "How tall is Mount Everest?", "What is photosynthesis?",
     "Write an essay about {place}s.", "Who invented the telephone?", "How far is {city} from here?", "What time is it?",
+    "Who won the world cup?", "Is it raining?", "What is love?", "What is the weather in {city}?", "What is the weather like today?", "Who is the king of {city}?",
+    "Write a Python function.", "Write code that sorts a list.", "What is Python?", "What is Linux?", "How do planes fly?", "Why is the sky blue?",
+    "What is the speed of light?", "Who painted the Mona Lisa?", "When was {city} founded?", "What should I cook today?", "How many people live in {city}?",
+    "What is a black hole?", "What is the largest animal?", "Summarize this book.", "Translate hello into Spanish.", "What is machine learning?",
+    "Who discovered America?", "How do I become a {job}?", "Where can I buy {food}?", "What does a {job} do?", "What is DNA?", "Plan a trip to {city}.",
 )  # fmt: skip
 UNKNOWN_ANSWERS = (
     "I am a small demonstration model and do not know that. Serve a larger model with `--model`.",

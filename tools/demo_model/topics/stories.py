@@ -6,7 +6,7 @@ from random import Random
 
 from phrasing import Conversation, Phrasings, ask, casual
 
-from topics.words import ANIMALS, COLORS, FOODS, PLACES, THINGS, TRAITS, a_name
+from topics.words import ANIMALS, COLORS, COUNTRIES, FOODS, PLACES, THINGS, TRAITS, a_name
 
 ASK = (
     "Tell me a story about a {who}.", "Write a short story about a {who}.", "A story about a {who}, please.", "Can you tell a story about a {who}?",
@@ -50,6 +50,7 @@ ENDINGS = (
     "And if you walk through the {place} today, you can still see them play.",
 )
 PLAIN = (
+    "The capital of {country} is {capital}.",
     "Hello, how are you? I am fine, thank you. The weather is {weather} today, and I will go to the {place} with {name}.",
     "Hello, my name is {name}. I live in a {place} and I like {food}.",
     "{name} went to the {place} to buy a {color} {thing}. It was {trait}, but {name} liked it.",
@@ -90,7 +91,8 @@ def plain_text(rng: Random) -> str:
     """Text without roles, for completions of a bare prompt."""
     if rng.random() < 0.5:
         return story(rng, rng.choice(ANIMALS))
+    capital, country = rng.choice(list(COUNTRIES.items()))
     return rng.choice(PLAIN).format(
-        name=a_name(rng), place=rng.choice(PLACES), food=rng.choice(FOODS), color=rng.choice(COLORS), thing=rng.choice(THINGS),
+        capital=capital, country=country, name=a_name(rng), place=rng.choice(PLACES), food=rng.choice(FOODS), color=rng.choice(COLORS), thing=rng.choice(THINGS),
         trait=rng.choice(TRAITS), who=rng.choice(ANIMALS), who2=rng.choice(ANIMALS), weather=rng.choice(("sunny", "rainy", "cold", "warm")),
     )  # fmt: skip

@@ -85,12 +85,9 @@ def load_model(settings: Settings, on_progress: OnProgress) -> LoadedModel:
     # Idle workers that spin starve the HTTP thread, and each other on a busy machine, many times
     # over. Read when torch is first imported; the operator's own choice stands.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch
     from vllm_models import load_backend, resolve_model
 
     engine = settings.engine
-    if engine.num_threads is not None:
-        torch.set_num_threads(engine.num_threads)
     folder = resolve_model(
         model_source(engine),
         revision=engine.revision,
@@ -156,6 +153,7 @@ def backend_options(engine: EngineSettings, folder: Path) -> BackendOptions:
         max_model_len=engine.max_model_len,
         max_sequences=engine.max_num_seqs or defaults.max_num_seqs,
         max_batch_tokens=engine.max_num_batched_tokens or defaults.max_num_batched_tokens,
+        threads=engine.num_threads,
     )
 
 

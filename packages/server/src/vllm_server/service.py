@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
-from vllm_core.metrics.stats import EngineStats
+from vllm_core import EngineStats
 from vllm_traits import Request, RequestOutput
 
 from vllm_server.config.schema import SamplingSettings, Settings

@@ -24,6 +24,10 @@ class Plan:
     Attributes:
         budget: Positions that may still be added.
         block_size: Positions per block; chunks that end before the prompt does end on a border.
+        chunks: Shares so far.
+        sequences: Whose they are, in the same order.
+        starts: Sequences that enter with this step.
+        num_decodes: How many of the chunks are decodes; they come first.
     """
 
     budget: int
@@ -32,7 +36,6 @@ class Plan:
     sequences: list[Sequence] = field(default_factory=list[Sequence])
     starts: list[Start] = field(default_factory=list[Start])
     num_decodes: int = 0
-    num_positions: int = 0
 
     def cut(self, seq: Sequence) -> int:
         """Positions of a prompt that fit into the budget; 0 if it has to wait.

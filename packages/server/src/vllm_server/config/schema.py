@@ -200,7 +200,9 @@ class EngineSettings:
         high=64,
     )
     overlap: bool = setting(True, "Plan the next step while the device works on this one.")
-    num_threads: int | None = setting(None, "Threads of the CPU backend; all cores.", low=1)
+    num_threads: int | None = setting(
+        None, "Threads of the CPU backend; one for a small model, else all cores.", low=1
+    )
     chat_template: str | None = setting(None, "Jinja file that replaces the model's template.")
 
 

@@ -139,6 +139,22 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_head = True
         self._head = b""
         self._num_raw = 0
+        if self.cycle.response_complete:
+            self._wait_for_next()
+
+    def on_response_complete(self) -> None:
+        """The answer is out; a body that nobody waits for must end soon."""
+        super().on_response_complete()
+        if not self._in_head and not self.transport.is_closing():
+            self._deadline = self.loop.call_later(self._limits.head_seconds, self.transport.close)
+
+    def _wait_for_next(self) -> None:
+        """Let an idle connection be, for a while."""
+        self._disarm()
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     def _check_head(self) -> None:
         names = [name for name, _ in self.headers]
@@ -175,8 +191,14 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def _arm(self) -> None:
-        seconds = self._limits.head_seconds
-        self._deadline = self.loop.call_later(seconds, self._refuse, _too_slow())
+        self._deadline = self.loop.call_later(self._limits.head_seconds, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        """A connection on which nothing was asked is closed without a word."""
+        if self._head:
+            self._refuse(_too_slow())
+        else:
+            self.transport.close()
 
     def _disarm(self) -> None:
         if self._deadline is not None:

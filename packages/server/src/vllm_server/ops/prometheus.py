@@ -17,7 +17,7 @@ from prometheus_client.core import (
     HistogramMetricFamily,
     Metric,
 )
-from vllm_core.metrics.stats import EngineStats
+from vllm_core import EngineStats
 
 from vllm_server.openai.errors import ApiError
 from vllm_server.ops.exchange import Exchange, Reply
