@@ -105,7 +105,8 @@ class ModelBackend(Protocol):
     15. Warm-up is over before an engine sees the backend.
     16. Ranks replay identical batches in order and decide nothing by their own clock or memory.
     17. A sequence that fails alone is reported in `BatchOutput.failed`; an exception from `result`
-       means the whole batch.
+       means the whole batch. After one, `released` may name sequences that the backend has
+       dropped already or never saw; it ignores them.
     18. A sequence keeps its row until it is `released`; a chunk for a finished sequence may still
        arrive under overlap and its result is discarded.
     """
