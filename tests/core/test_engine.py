@@ -349,3 +349,13 @@ def test_a_copy_of_the_statistics_does_not_change_any_more() -> None:
     assert sum(before.finished.values()) == 0
     after = dict(engine.stats.histograms())
     assert after["time_to_first_token"].count == 1 and len(after) == 14
+
+
+def test_a_reader_that_has_enough_ends_its_request_as_stopped() -> None:
+    engine = Engine(SimBackend(INFO))
+    engine.add(ask("a", 5, max_tokens=20))
+    engine.step()
+    engine.abort("a", FinishReason.STOP)
+    [output] = [each for each in finish(engine) if each.finished]
+    assert output.finish_reason is FinishReason.STOP
+    assert engine.stats.finished[FinishReason.STOP] == 1

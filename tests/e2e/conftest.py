@@ -52,13 +52,16 @@ class Server:
             time.sleep(0.05)
         raise AssertionError(f"not ready after {STARTUP_SECONDS} s:\n{self.log.read_text()}")
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric over its labels."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
-        starts = (name + "{", name + " ")
-        values = [line.rsplit(" ", 1)[1] for line in lines if line.startswith(starts)]
-        assert values, f"no metric {name}"
-        return sum(map(float, values))
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric over all of its rows with these labels."""
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        rows = [
+            line
+            for line in httpx.get(f"{self.url}/metrics").text.splitlines()
+            if line.startswith((name + "{", name + " ")) and all(w in line for w in wanted)
+        ]
+        assert rows or labels, f"no metric {name}"
+        return sum(float(row.rsplit(" ", 1)[1]) for row in rows)
 
     def wait_until_idle(self) -> None:
         """Until nothing runs or waits; metrics are read from live state."""

@@ -51,11 +51,8 @@ def test_256_streams_complete_and_are_counted_to_the_token(server: Any) -> None:
 
 
 def test_streams_that_are_cut_give_their_blocks_back(server: Any) -> None:
-    aborted = 'vllm:request_success_total{engine="0",finished_reason="abort"'
-
     def count() -> float:
-        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(aborted))
+        return server.metric("vllm:request_success_total", finished_reason="abort")
 
     before = count()
     body = {

@@ -146,3 +146,15 @@ def test_what_is_not_supported_is_refused(client: openai.OpenAI) -> None:
     assert refused.value.code == "unsupported_parameter"
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
         chat(client, "word " * 3000)
+
+
+def test_a_stop_string_ends_the_request_as_stopped(client: openai.OpenAI, server: Any) -> None:
+    name = "vllm:request_success_total"
+    counted = {reason: server.metric(name, finished_reason=reason) for reason in ("stop", "abort")}
+    answer = chat(client, "Count from 3 to 9.", stop=["7"])
+    server.wait_until_idle()
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].stop_reason == "7"
+    assert "7" not in answer.choices[0].message.content
+    assert server.metric(name, finished_reason="stop") == counted["stop"] + 1
+    assert server.metric(name, finished_reason="abort") == counted["abort"]

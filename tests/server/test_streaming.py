@@ -74,7 +74,7 @@ class SilentStream:
         self.outputs = asyncio.Queue()
         self.aborted = asyncio.Event()
 
-    def abort(self):
+    def abort(self, reason=None):
         self.aborted.set()
 
     def __aiter__(self):

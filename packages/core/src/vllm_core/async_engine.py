@@ -126,7 +126,7 @@ class AsyncEngine:
         self,
         request: Request,
         max_unread: int | None,
-        make: Callable[[Mailbox, Callable[[], None], Callable[[], None]], AnyStream],
+        make: Callable[[Mailbox, Callable[[FinishReason], None], Callable[[], None]], AnyStream],
     ) -> AnyStream:
         arrived_at = self._clock()
         self._engine.scheduler.check(request)
@@ -156,9 +156,9 @@ class AsyncEngine:
             scheduler.stats.rejected_queue_full += 1
             raise QueueFullError(f"{limit} requests are waiting already. Try again later.")
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request in whatever state it is; unknown and finished ones are left alone."""
-        self._send(partial(self._engine.abort, request_id))
+        self._send(partial(self._engine.abort, request_id, reason))
 
     def _send(self, command: Callable[[], None]) -> None:
         with self._border:

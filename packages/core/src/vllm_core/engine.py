@@ -80,10 +80,15 @@ class Engine:
         with self._host:
             self.scheduler.add(request, arrived_at)
 
-    def abort(self, request_id: str) -> None:
-        """End a request in whatever state it is; its last output comes from the next `step`."""
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
+        """End a request in whatever state it is; its last output comes from the next `step`.
+
+        Args:
+            request_id: Unknown and finished ones are left alone.
+            reason: Why it ends; `stop` if its reader has found what it wanted.
+        """
         with self._host:
-            self.scheduler.abort(request_id)
+            self.scheduler.abort(request_id, reason)
 
     def pause(self, request_id: str) -> None:
         """Schedule a request no more until `resume`; what is in flight still arrives."""

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Protocol
 
-from vllm_traits import RequestOutput
+from vllm_traits import FinishReason, RequestOutput
 
 
 class Mailbox:
@@ -91,7 +91,12 @@ class RequestStream:
     as does `aclose`; use `contextlib.aclosing` where the loop may be left early.
     """
 
-    def __init__(self, mailbox: Mailbox, abort: Callable[[], None], resume: Callable[[], None]):
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        abort: Callable[[FinishReason], None],
+        resume: Callable[[], None],
+    ) -> None:
         self.mailbox = mailbox
         self.loop = asyncio.get_running_loop()
         self._abort = abort
@@ -104,10 +109,14 @@ class RequestStream:
         """The request's id."""
         return self.mailbox.request_id
 
-    def abort(self) -> None:
-        """End the request; its last output still comes. Nothing happens if it has ended."""
+    def abort(self, reason: FinishReason = FinishReason.ABORT) -> None:
+        """End the request; its last output still comes. Nothing happens if it has ended.
+
+        Args:
+            reason: Why it ends; `stop` if the reader has found what it wanted.
+        """
         if not self.mailbox.is_over:
-            self._abort()
+            self._abort(reason)
 
     async def aclose(self) -> None:
         """Abort and read no more."""
@@ -150,7 +159,12 @@ class RequestStream:
 class SyncStream:
     """Outputs of one request in a plain thread; iteration blocks. Otherwise as `RequestStream`."""
 
-    def __init__(self, mailbox: Mailbox, abort: Callable[[], None], resume: Callable[[], None]):
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        abort: Callable[[FinishReason], None],
+        resume: Callable[[], None],
+    ) -> None:
         self.mailbox = mailbox
         self._abort = abort
         self._resume = resume
@@ -162,10 +176,14 @@ class SyncStream:
         """The request's id."""
         return self.mailbox.request_id
 
-    def cancel(self) -> None:
-        """End the request; its last output still comes. Nothing happens if it has ended."""
+    def cancel(self, reason: FinishReason = FinishReason.ABORT) -> None:
+        """End the request; its last output still comes. Nothing happens if it has ended.
+
+        Args:
+            reason: Why it ends; `stop` if the reader has found what it wanted.
+        """
         if not self.mailbox.is_over:
-            self._abort()
+            self._abort(reason)
 
     def wake(self) -> None:
         """Tell a waiting reader that there is something; called from any thread."""

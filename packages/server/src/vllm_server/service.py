@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
 from vllm_core import EngineStats
-from vllm_traits import Request, RequestOutput
+from vllm_traits import FinishReason, Request, RequestOutput
 
 from vllm_server.config.schema import SamplingSettings, Settings
 from vllm_server.ops.auth import Identity, KeyRing
@@ -38,7 +38,7 @@ class OutputStream(Protocol):
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
 
-    def abort(self) -> None:
+    def abort(self, reason: FinishReason = ...) -> None:
         """End the request; nothing if it has ended."""
         ...
 

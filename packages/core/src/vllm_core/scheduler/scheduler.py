@@ -155,11 +155,11 @@ class Scheduler:
             seq.proposer = self._propose()
         return seq
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request in whatever state it is; unknown and finished ones are left alone."""
         seq = self.roster.find(request_id)
         if seq is not None:
-            self.roster.finish(seq, Ending(FinishReason.ABORT))
+            self.roster.finish(seq, Ending(reason))
 
     def pause(self, request_id: str) -> None:
         """Schedule a request no more until `resume`; it keeps its blocks while they last."""

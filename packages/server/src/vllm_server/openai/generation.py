@@ -112,11 +112,11 @@ class Generation:
         finally:
             self.close()
 
-    def end(self, index: int) -> None:
+    def end(self, index: int, reason: FinishReason = FinishReason.STOP) -> None:
         """A choice is complete for its reader, whatever the engine thinks."""
         stream = self._streams.pop(index, None)
         if stream is not None:
-            stream.abort()
+            stream.abort(reason)
         pump = self._pumps.pop(index, None)
         if pump is not None:
             pump.cancel()
@@ -124,7 +124,7 @@ class Generation:
     def close(self) -> None:
         """End everything that still runs."""
         for index in list(self._streams):
-            self.end(index)
+            self.end(index, FinishReason.ABORT)
 
     def _submit(self, index: int) -> None:
         try:
