@@ -1,27 +1,29 @@
 # The same recipes as `hatch run NAME`, for those who have just.
+set positional-arguments
+
 default:
-    @just --list
+    @{{just_executable()}} --list
 
 setup:
     hatch env create
 
 serve *args:
-    hatch run serve {{args}}
+    hatch run serve "$@"
 
 generate *args:
-    hatch run generate {{args}}
+    hatch run generate "$@"
 
 chat *args:
-    hatch run chat {{args}}
+    hatch run chat "$@"
 
 bench *args:
-    hatch run bench {{args}}
+    hatch run bench "$@"
 
 test *args:
-    hatch run test {{args}}
+    hatch run test "$@"
 
 test-core *args:
-    hatch run test-core {{args}}
+    hatch run test-core "$@"
 
 fmt:
     hatch run fmt

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("traits", "core", "models", "dist", "server")
 SECRET_WORDS = {"key", "keys", "digest", "digests", "secret", "proof", "hexdigest"}
 EMPTY_NOUNS = {"manager", "helper", "helpers", "util", "utils", "common", "misc", "impl"}
-RETIRED_WORDS = {"page", "pages", "lane", "uid", "req", "reqs", "retract", "swap", "epoch"}
+RETIRED_WORDS = {"job", "page", "pages", "lane", "uid", "req", "reqs", "retract", "swap", "epoch"}
 
 
 def sources(*folders: str) -> list[Path]:

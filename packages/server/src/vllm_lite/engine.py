@@ -107,7 +107,7 @@ class Engine:
                 f"There are {len(each)} params for {len(prompts)} prompts.", param="params"
             )
         jobs = [self._prepared(*pair) for pair in zip(each, prompts, strict=True)]
-        streams = [self._local.submit(*job) for job in jobs]
+        streams = [self._local.submit(*run) for run in jobs]
         texts = read_all(streams)
         return [self._output(*pair) for pair in zip(streams, texts, strict=True)]
 
@@ -126,9 +126,9 @@ class Engine:
             InvalidRequestError: The prompt or its params can never work.
             BackendError: The engine is closed.
         """
-        job = self._prepared(params, prompt)
-        stream = self._local.submit(*job)
-        return next(self._ids), len(job[0]), GenerationStream(stream)
+        run = self._prepared(params, prompt)
+        stream = self._local.submit(*run)
+        return next(self._ids), len(run[0]), GenerationStream(stream)
 
     def stream(self, params: SamplingParams, prompt: str) -> Iterator[str]:
         """The answer as plain text, piece by piece; leaving the loop cancels it.

@@ -16,7 +16,7 @@ _FIRST_ID, _LAST_ID = 300, 999
 _WORDS = (
     "time year people way day man thing woman life child world school state family student group "
     "country problem hand part place case week company system program question work number night "
-    "point home water room mother area money story fact month lot right study book eye job word"
+    "point home water room mother area money story fact month lot right study book eye run word"
 )
 
 

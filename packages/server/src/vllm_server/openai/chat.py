@@ -28,7 +28,7 @@ from vllm_server.text.reasoning import Parts
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Run:
     """Everything one chat request needs while it runs."""
 
     call: Call
@@ -54,30 +54,30 @@ async def chat(call: Call) -> Reply | EventStream:
     plan = make_plan(call, service, request, params, [prompt])
     choices = [chat_choice(request, service, prompt) for _ in range(plan.n)]
     names = TokenNames(service.tokenizer, request.return_tokens_as_token_ids)
-    job = _Job(call, service, request, model, prompt, plan, choices, names)
+    run = _Run(call, service, request, model, prompt, plan, choices, names)
     headers = warning_headers(warnings)
     if request.stream:
-        return EventStream(_stream(job), headers)
-    return Reply(msgspec.json.encode(await _answer(job)), headers=headers)
+        return EventStream(_stream(run), headers)
+    return Reply(msgspec.json.encode(await _answer(run)), headers=headers)
 
 
-async def _answer(job: _Job) -> dict[str, Any]:
-    collected = [_Collected() for _ in job.choices]
-    async with aclosing(deltas(job.call, job.service, job.plan, job.choices)) as news:
+async def _answer(run: _Run) -> dict[str, Any]:
+    collected = [_Collected() for _ in run.choices]
+    async with aclosing(deltas(run.call, run.service, run.plan, run.choices)) as news:
         async for index, delta in news:
             collected[index].add(delta)
     answer: dict[str, Any] = {
-        "id": job.plan.id,
+        "id": run.plan.id,
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": job.model,
-        "system_fingerprint": job.service.card.fingerprint,
-        "choices": [_choice(job, i, found) for i, found in enumerate(collected)],
-        "usage": usage_of(job.choices, job.plan.n).body(),
-        **_about_prompt(job),
+        "model": run.model,
+        "system_fingerprint": run.service.card.fingerprint,
+        "choices": [_choice(run, i, found) for i, found in enumerate(collected)],
+        "usage": usage_of(run.choices, run.plan.n).body(),
+        **_about_prompt(run),
     }
-    if job.request.prompt_logprobs is not None:
-        answer["prompt_logprobs"] = prompt_entries(collected[0].prompt_logprobs, job.names)
+    if run.request.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = prompt_entries(collected[0].prompt_logprobs, run.names)
     return answer
 
 
@@ -100,7 +100,7 @@ class _Collected:
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
 
 
-def _choice(job: _Job, index: int, found: _Collected) -> dict[str, Any]:
+def _choice(run: _Run, index: int, found: _Collected) -> dict[str, Any]:
     message: dict[str, Any] = {
         "role": "assistant",
         "content": "".join(found.content),
@@ -109,69 +109,69 @@ def _choice(job: _Job, index: int, found: _Collected) -> dict[str, Any]:
     reasoning = "".join(found.reasoning)
     if reasoning:
         message["reasoning"] = message["reasoning_content"] = reasoning
-    choice = job.choices[index]
+    choice = run.choices[index]
     return {
         "index": index,
         "message": message,
         "logprobs": None,
         "finish_reason": choice.finish_reason,
         "stop_reason": choice.answer.stop_reason,
-        **_extra(job, found.logprobs, found.token_ids),
+        **_extra(run, found.logprobs, found.token_ids),
     }
 
 
 def _extra(
-    job: _Job, logprobs: Sequence[TokenLogprobs], token_ids: Sequence[int]
+    run: _Run, logprobs: Sequence[TokenLogprobs], token_ids: Sequence[int]
 ) -> dict[str, Any]:
     """Members of a choice that were asked for."""
     found: dict[str, Any] = {}
-    if job.request.logprobs:
-        found["logprobs"] = {"content": chat_entries(logprobs, job.names), "refusal": None}
-    if job.request.return_token_ids:
+    if run.request.logprobs:
+        found["logprobs"] = {"content": chat_entries(logprobs, run.names), "refusal": None}
+    if run.request.return_token_ids:
         found["token_ids"] = token_ids
     return found
 
 
-def _about_prompt(job: _Job) -> dict[str, Any]:
+def _about_prompt(run: _Run) -> dict[str, Any]:
     """Members of the answer that were asked for."""
     found: dict[str, Any] = {}
-    if job.request.return_token_ids:
-        found["prompt_token_ids"] = job.prompt.ids
-    if job.request.return_prompt_text:
-        tokenizer = job.service.tokenizer
-        found["prompt_text"] = job.prompt.text or tokenizer.decode(job.prompt.ids, False)
+    if run.request.return_token_ids:
+        found["prompt_token_ids"] = run.prompt.ids
+    if run.request.return_prompt_text:
+        tokenizer = run.service.tokenizer
+        found["prompt_text"] = run.prompt.text or tokenizer.decode(run.prompt.ids, False)
     return found
 
 
-async def _stream(job: _Job) -> AsyncGenerator[bytes, None]:
-    options = job.request.stream_options
+async def _stream(run: _Run) -> AsyncGenerator[bytes, None]:
+    options = run.request.stream_options
     with_usage = options is not None and options.include_usage
     continuous = options is not None and options.continuous_usage_stats
-    card = job.service.card
-    chunks = Chunks(job.plan.id, "chat.completion.chunk", job.model, card.fingerprint, with_usage)
+    card = run.service.card
+    chunks = Chunks(run.plan.id, "chat.completion.chunk", run.model, card.fingerprint, with_usage)
     begun: set[int] = set()
-    async with aclosing(deltas(job.call, job.service, job.plan, job.choices)) as news:
+    async with aclosing(deltas(run.call, run.service, run.plan, run.choices)) as news:
         async for index, delta in news:
-            usage = usage_of(job.choices, job.plan.n).body() if continuous else None
-            events = _events(job, chunks, index, delta, usage)
+            usage = usage_of(run.choices, run.plan.n).body() if continuous else None
+            events = _events(run, chunks, index, delta, usage)
             if index not in begun:
                 begun.add(index)
-                events.insert(0, chunks.choice(chat_first(index, {}), usage, _about_prompt(job)))
+                events.insert(0, chunks.choice(chat_first(index, {}), usage, _about_prompt(run)))
             if events:
                 yield b"".join(events)
     if with_usage:
-        yield chunks.usage(usage_of(job.choices, job.plan.n).body())
+        yield chunks.usage(usage_of(run.choices, run.plan.n).body())
 
 
 def _events(
-    job: _Job, chunks: Chunks, index: int, delta: Delta, usage: Mapping[str, Any] | None
+    run: _Run, chunks: Chunks, index: int, delta: Delta, usage: Mapping[str, Any] | None
 ) -> list[bytes]:
     events: list[bytes] = []
-    extra = _extra(job, delta.logprobs, delta.token_ids)
-    if delta.parts != Parts() or (extra and (delta.logprobs or job.request.return_token_ids)):
+    extra = _extra(run, delta.logprobs, delta.token_ids)
+    if delta.parts != Parts() or (extra and (delta.logprobs or run.request.return_token_ids)):
         events.append(chunks.choice(chat_delta(index, delta.parts, extra), usage))
     if delta.is_final:
-        choice = job.choices[index]
+        choice = run.choices[index]
         finish = chat_finish(index, choice.finish_reason, choice.answer.stop_reason)
         events.append(chunks.choice(finish, usage))
     return events

@@ -27,7 +27,7 @@ from vllm_server.service import Service
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Run:
     """Everything one request needs while it runs."""
 
     call: Call
@@ -64,28 +64,28 @@ async def completions(call: Call) -> Reply | EventStream:
     plan = make_plan(call, service, request, params, prompts)
     choices = [completion_choice(request, service, p) for p in prompts for _ in range(plan.n)]
     names = TokenNames(service.tokenizer, request.return_tokens_as_token_ids)
-    job = _Job(call, service, request, model, prompts, plan, choices, names)
+    run = _Run(call, service, request, model, prompts, plan, choices, names)
     headers = warning_headers(warnings)
     if request.stream:
-        return EventStream(_stream(job), headers)
-    return Reply(msgspec.json.encode(await _answer(job)), headers=headers)
+        return EventStream(_stream(run), headers)
+    return Reply(msgspec.json.encode(await _answer(run)), headers=headers)
 
 
-async def _answer(job: _Job) -> dict[str, Any]:
-    collected = [_Part(job, i) for i in range(len(job.choices))]
-    texts: list[list[str]] = [[] for _ in job.choices]
-    members: list[dict[str, Any]] = [{} for _ in job.choices]
-    async with aclosing(deltas(job.call, job.service, job.plan, job.choices)) as news:
+async def _answer(run: _Run) -> dict[str, Any]:
+    collected = [_Part(run, i) for i in range(len(run.choices))]
+    texts: list[list[str]] = [[] for _ in run.choices]
+    members: list[dict[str, Any]] = [{} for _ in run.choices]
+    async with aclosing(deltas(run.call, run.service, run.plan, run.choices)) as news:
         async for index, delta in news:
             text, extra = collected[index].take(delta)
             texts[index].append(text)
             _merge(members[index], extra)
     return {
-        "id": job.plan.id,
+        "id": run.plan.id,
         "object": "text_completion",
         "created": int(time.time()),
-        "model": job.model,
-        "system_fingerprint": job.service.card.fingerprint,
+        "model": run.model,
+        "system_fingerprint": run.service.card.fingerprint,
         "choices": [
             {
                 "index": index,
@@ -95,9 +95,9 @@ async def _answer(job: _Job) -> dict[str, Any]:
                 "stop_reason": choice.answer.stop_reason,
                 **members[index],
             }
-            for index, choice in enumerate(job.choices)
+            for index, choice in enumerate(run.choices)
         ],
-        "usage": usage_of(job.choices, job.plan.n).body(),
+        "usage": usage_of(run.choices, run.plan.n).body(),
     }
 
 
@@ -116,12 +116,12 @@ def _merge(into: dict[str, Any], extra: dict[str, Any]) -> None:
 class _Part:
     """Turns the news of one choice into text and members, the prompt first if it is echoed."""
 
-    def __init__(self, job: _Job, index: int) -> None:
-        self._job = job
-        self._prompt = job.prompt(index)
+    def __init__(self, run: _Run, index: int) -> None:
+        self._job = run
+        self._prompt = run.prompt(index)
         self._is_first = True
-        wanted = job.request.logprobs
-        self._logprobs = None if wanted is None else CompletionLogprobs(job.names, wanted)
+        wanted = run.request.logprobs
+        self._logprobs = None if wanted is None else CompletionLogprobs(run.names, wanted)
 
     def take(self, delta: Delta) -> tuple[str, dict[str, Any]]:
         """New text, and the members of the choice that were asked for."""
@@ -165,22 +165,22 @@ def _zipped(
     return list(zip(ids, entries, strict=False))
 
 
-async def _stream(job: _Job) -> AsyncGenerator[bytes, None]:
-    options = job.request.stream_options
+async def _stream(run: _Run) -> AsyncGenerator[bytes, None]:
+    options = run.request.stream_options
     with_usage = options is not None and options.include_usage
     continuous = options is not None and options.continuous_usage_stats
-    card = job.service.card
-    chunks = Chunks(job.plan.id, "text_completion", job.model, card.fingerprint, with_usage)
-    parts = [_Part(job, index) for index in range(len(job.choices))]
-    async with aclosing(deltas(job.call, job.service, job.plan, job.choices)) as news:
+    card = run.service.card
+    chunks = Chunks(run.plan.id, "text_completion", run.model, card.fingerprint, with_usage)
+    parts = [_Part(run, index) for index in range(len(run.choices))]
+    async with aclosing(deltas(run.call, run.service, run.plan, run.choices)) as news:
         async for index, delta in news:
             text, extra = parts[index].take(delta)
-            choice = job.choices[index]
+            choice = run.choices[index]
             if delta.is_final:
                 extra["finish_reason"] = choice.finish_reason
                 extra["stop_reason"] = choice.answer.stop_reason
             if text or extra:
-                usage = usage_of(job.choices, job.plan.n).body() if continuous else None
+                usage = usage_of(run.choices, run.plan.n).body() if continuous else None
                 yield chunks.choice(completion_delta(index, text, extra), usage)
     if with_usage:
-        yield chunks.usage(usage_of(job.choices, job.plan.n).body())
+        yield chunks.usage(usage_of(run.choices, run.plan.n).body())

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.types import Message, Receive, Scope, Send
-
 from vllm_server.openai.errors import ApiError
+from vllm_server.ops.asgi import Message, Receive, Scope, Send
 
 BODY_SECONDS = 30.0
 JSON_TYPE = "application/json; charset=utf-8"

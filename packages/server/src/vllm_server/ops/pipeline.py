@@ -12,12 +12,12 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from starlette.types import Receive, Scope, Send
 from vllm_traits import VllmLiteError
 
 from vllm_server.logs import request_id
 from vllm_server.openai.errors import ApiError, from_engine, internal_error, unavailable
 from vllm_server.ops.access import authorize
+from vllm_server.ops.asgi import Receive, Scope, Send
 from vllm_server.ops.auth import Identity
 from vllm_server.ops.cors import Cors
 from vllm_server.ops.events import EventSender, EventStream, SlowReaderError
