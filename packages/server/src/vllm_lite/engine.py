@@ -106,8 +106,8 @@ class Engine:
             raise InvalidRequestError(
                 f"There are {len(each)} params for {len(prompts)} prompts.", param="params"
             )
-        jobs = [self._prepared(*pair) for pair in zip(each, prompts, strict=True)]
-        streams = [self._local.submit(*run) for run in jobs]
+        runs = [self._prepared(*pair) for pair in zip(each, prompts, strict=True)]
+        streams = [self._local.submit(*run) for run in runs]
         texts = read_all(streams)
         return [self._output(*pair) for pair in zip(streams, texts, strict=True)]
 
