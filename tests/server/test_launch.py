@@ -402,6 +402,41 @@ def test_a_port_in_use_ends_the_process_before_anything_is_loaded(start):
         assert "another process does" in process.log.read_text()
 
 
+BREAKING = """
+import sys
+import vllm_server.serve as serve
+from vllm_core import AsyncEngine
+from vllm_core.testing import FakeBackend
+from vllm_traits import BackendError
+
+class Broken(FakeBackend):
+    def forward(self, batch):
+        raise BackendError("the device is gone")
+
+def start_engine(model):
+    engine = AsyncEngine(Broken(info=model.backend.info))
+    engine.start()
+    return engine
+
+serve.start_engine = start_engine
+from vllm_server.cli import server_main
+sys.exit(server_main())
+"""
+
+
+def test_an_engine_that_dies_fails_its_requests_and_ends_the_process(start, tmp_path):
+    program = tmp_path / "breaking.py"
+    program.write_text(BREAKING)
+    process = start(*SMALL, command=(sys.executable, str(program)))
+    with process.ready() as client:
+        for _ in range(2):  # the first failure could have been the request's fault
+            answer = client.post("/v1/completions", json={"prompt": "Once", "max_tokens": 4})
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "engine_unavailable"
+    assert process.end() == 1
+    assert "the device is gone" in process.log.read_text()
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a Linux signal")
 def test_sigterm_to_hatch_leaves_no_orphan(start, tmp_path):
     """Here a launcher of that name, which like hatch runs a shell and passes no signal on."""

@@ -38,6 +38,8 @@ CLEAN, INTERRUPTED = 0, 130
 # Share of the whole start that lies behind when a stage begins, and its own share.
 _STAGES = {"download": (0.0, 0.5), "load": (0.5, 0.4), "warm-up": (0.9, 0.1)}
 _FLUSH_SECONDS = 2  # for the last events of streams that were cut off
+_WATCH_SECONDS = 0.5  # how often the engine's health is looked at
+_FIRST = asyncio.FIRST_COMPLETED
 
 
 class Server:
@@ -73,10 +75,9 @@ class Server:
         loop.add_signal_handler(signal.SIGHUP, self._reload_keys)
         serving = asyncio.create_task(self._uvicorn.serve([self._listener]))
         try:
-            if await self._load():
-                await _first(self._end, serving)
-            if not self._end.done():
-                raise BackendError("The HTTP server ended by itself.")
+            engine = await self._load()
+            if engine is not None:
+                await self._serve_until_the_end(engine, serving)
             return await self._finish()
         finally:
             self._uvicorn.should_exit = True
@@ -86,8 +87,8 @@ class Server:
             if self.settings.server.uds:
                 Path(self.settings.server.uds).unlink(missing_ok=True)
 
-    async def _load(self) -> bool:
-        """Load the model; false if the end was asked for first."""
+    async def _load(self) -> AsyncEngine | None:
+        """Load the model and start its engine; None if the end was asked for first."""
         where = addresses(self.settings.server, self._listener)
         source = model_source(self.settings.engine)
         log.info("Loading %s; %s/health says how far it is", source, where[0])
@@ -99,7 +100,7 @@ class Server:
             await _first(loading, self._end)
         if self._end.done():
             loading.cancel()
-            return False
+            return None
         try:
             model = loading.result()
         except VllmLiteError:
@@ -111,7 +112,23 @@ class Server:
         watch.stop()
         for line in banner(self.settings, service.card.id, model.memory, watch.seconds, where):
             log.info("%s", line)
-        return True
+        return self._engine
+
+    async def _serve_until_the_end(self, engine: AsyncEngine, serving: asyncio.Task[None]) -> None:
+        """Until somebody ends it; an engine or a listener that dies ends it with an error.
+
+        Raises:
+            BackendError: Nobody asked for the end.
+        """
+        while (health := engine.health()).status == "ok":
+            await asyncio.wait({self._end, serving}, timeout=_WATCH_SECONDS, return_when=_FIRST)
+            if self._end.done():
+                return
+            if serving.done():
+                raise BackendError("The HTTP server ended by itself.")
+        self.state.mark_dead()
+        await self._close(engine)
+        raise BackendError(f"{health.error} Start the server again; its state is lost.")
 
     def _note(self, news: LoadProgress, watch: Stopwatch) -> None:
         behind, share = _STAGES[news.stage]
@@ -167,7 +184,7 @@ class Server:
 
 async def _first(work: asyncio.Future[Any], other: asyncio.Future[Any]) -> None:
     """Wait until one of two is done, or both."""
-    await asyncio.wait({work, other}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({work, other}, return_when=_FIRST)
 
 
 class _Uvicorn(uvicorn.Server):
