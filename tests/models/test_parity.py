@@ -61,6 +61,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama-linear-scaling": rope(rope_type="linear", factor=2.0),
     "llama-yarn-scaling": rope(500.0, **YARN),
     "llama-padded-vocabulary-several-eos": {"vocab_size": 160, "eos_token_id": [2, 5, 7]},
+    "qwen2": {"family": "qwen2"},
+    "qwen2-tied-odd-layers-old-rope-fields": {
+        "family": "qwen2",
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 3,
+        "initializer_range": 0.4,
+        "rewrite": old_rope_fields,
+    },
     "qwen3": {"family": "qwen3"},
     "qwen3-tied-one-kv-head": {
         "family": "qwen3",

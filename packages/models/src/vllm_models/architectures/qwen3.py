@@ -6,12 +6,10 @@ from torch import Tensor, nn
 
 from vllm_models.components.attention import Attention
 from vllm_models.components.context import ForwardContext
-from vllm_models.components.decoder import Decoder
-from vllm_models.components.embedding import Embedding
-from vllm_models.components.linear import Linear
+from vllm_models.components.decoder import CausalLM
 from vllm_models.components.mlp import GatedMLP
 from vllm_models.components.norm import RMSNorm
-from vllm_models.components.rotary import RotaryEmbedding, Rotation
+from vllm_models.components.rotary import Rotation
 from vllm_models.config import ModelConfig
 
 
@@ -31,40 +29,8 @@ class Qwen3Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Qwen3Model(nn.Module):
-    """Everything but the output head."""
-
-    def __init__(self, c: ModelConfig) -> None:
-        super().__init__()
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Qwen3Block(c, layer) for layer in range(c.num_layers))
-        self.norm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.rotary_emb = RotaryEmbedding(c.head_dim, c.rope)
-
-    def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
-        """[T] -> [T, M]."""
-        x = self.embed_tokens(token_ids)
-        rotate = self.rotary_emb(ctx.positions, x.dtype)
-        for layer in self.layers:
-            x = layer(x, rotate, ctx)
-        return self.norm(x)
-
-
-class Qwen3ForCausalLM(Decoder):
-    """Qwen3 with its output head, which may be the embedding table."""
+class Qwen3ForCausalLM(CausalLM):
+    """Qwen3 with its output head."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.model = Qwen3Model(config)
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size)
-
-    def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
-        """[T] -> [T, M]."""
-        return self.model(token_ids, ctx)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[N, M] -> [N, V]."""
-        if self.lm_head is None:
-            return self.model.embed_tokens.logits(hidden)
-        return self.lm_head(hidden)
+        super().__init__(config, Qwen3Block)

@@ -20,9 +20,12 @@ class Attention(nn.Module):
         c: Shape of the model.
         layer: Whose KV is read and written.
         qk_norm: Normalise each query and key head before the rotation.
+        qkv_bias: Queries, keys and values have biases whatever the config says.
     """
 
-    def __init__(self, c: ModelConfig, layer: int, qk_norm: bool = False) -> None:
+    def __init__(
+        self, c: ModelConfig, layer: int, *, qk_norm: bool = False, qkv_bias: bool = False
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.heads = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
@@ -32,7 +35,7 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(
             c.hidden_size,
             {name: heads * c.head_dim for name, heads in widths.items()},
-            bias=c.attention_bias,
+            bias=c.attention_bias or qkv_bias,
         )
         self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if qk_norm else None

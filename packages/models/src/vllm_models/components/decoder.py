@@ -1,13 +1,20 @@
-"""What the runner needs of an architecture: hidden states of a step, and logits of some of them."""
+"""What the runner needs of an architecture, and the frame that most of them share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from vllm_models.components.context import ForwardContext
+from vllm_models.components.embedding import Embedding
+from vllm_models.components.linear import Linear
+from vllm_models.components.norm import RMSNorm
+from vllm_models.components.rotary import RotaryEmbedding
 from vllm_models.config import ModelConfig
+
+MakeBlock = Callable[[ModelConfig, int], nn.Module]
 
 
 class Decoder(nn.Module, ABC):
@@ -25,3 +32,52 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the whole vocabulary after some hidden states: [N, M] -> [N, V]."""
+
+
+class DecoderStack(nn.Module):
+    """Embedding, layers and last norm: what a checkpoint calls `model`.
+
+    Args:
+        c: Shape of the model.
+        block: Makes the layer of an index; called with `(x, rotate, ctx)`, it returns `[T, M]`.
+    """
+
+    def __init__(self, c: ModelConfig, block: MakeBlock) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(block(c, layer) for layer in range(c.num_layers))
+        self.norm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.rotary_emb = RotaryEmbedding(c.head_dim, c.rope)
+
+    def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
+        """[T] -> [T, M]."""
+        x = self.embed_tokens(token_ids)
+        rotate = self.rotary_emb(ctx.positions, x.dtype)
+        for layer in self.layers:
+            x = layer(x, rotate, ctx)
+        return self.norm(x)
+
+
+class CausalLM(Decoder):
+    """A stack of one kind of block with an output head, which may be the embedding table.
+
+    Args:
+        config: Shape of the model.
+        block: Makes the layer of an index.
+    """
+
+    def __init__(self, config: ModelConfig, block: MakeBlock) -> None:
+        super().__init__(config)
+        self.model = DecoderStack(config, block)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
+        """[T] -> [T, M]."""
+        return self.model(token_ids, ctx)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, M] -> [N, V]."""
+        if self.lm_head is None:
+            return self.model.embed_tokens.logits(hidden)
+        return self.lm_head(hidden)
