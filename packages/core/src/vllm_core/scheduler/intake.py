@@ -1,13 +1,19 @@
-"""What a request must satisfy before it is queued, given all limits."""
+"""From a request to a sequence: what it must satisfy given all limits, and what is derived once."""
 
 from __future__ import annotations
 
+from itertools import count
+from random import Random
 from typing import NamedTuple
 
 from vllm_traits import BackendInfo, ConfigError, ContextLengthError, InvalidRequestError, Request
 
 from vllm_core.config import SchedulerConfig
-from vllm_core.scheduler.sequence import sampling_of
+from vllm_core.kv_cache.cache import KVCache
+from vllm_core.metrics.stats import RequestTimes
+from vllm_core.scheduler.finish import stop_ids
+from vllm_core.scheduler.propose import NGramProposer, ProposerFactory
+from vllm_core.scheduler.sequence import Sequence, sampling_of
 
 
 class Limits(NamedTuple):
@@ -48,6 +54,81 @@ class Limits(NamedTuple):
             max_length=min(info.max_model_len, num_positions + 1),
             watermark=int(info.num_blocks * config.watermark),
         )
+
+
+class Intake:
+    """Makes sequences of requests that can run.
+
+    Args:
+        info: Limits of the backend.
+        config: Whether the host guesses drafts.
+        limits: What holds for every sequence.
+        cache: Where a sequence's block table belongs.
+        propose: Makes a proposer of drafts for each sequence, in place of the n-gram lookup.
+
+    Attributes:
+        max_drafts: Most drafts a chunk may carry.
+
+    Raises:
+        ConfigError: Both host and backend would propose drafts.
+    """
+
+    def __init__(
+        self,
+        info: BackendInfo,
+        config: SchedulerConfig,
+        limits: Limits,
+        cache: KVCache,
+        propose: ProposerFactory | None,
+    ) -> None:
+        self._info = info
+        self._limits = limits
+        self._cache = cache
+        self._propose = propose or _ngram_lookup(config.num_ngram_drafts)
+        if self._propose is not None and info.num_drafts:
+            raise ConfigError(
+                f"The backend proposes {info.num_drafts} drafts by itself; drafts of the host "
+                "cannot be used beside them. Set num_ngram_drafts to 0."
+            )
+        self.max_drafts = info.num_drafts or config.num_ngram_drafts or int(propose is not None)
+        self._ids = count()
+        self._random = Random()
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that can never run; reads only what never changes.
+
+        Raises:
+            InvalidRequestError: With what is wrong, and both values.
+        """
+        reject_unfit(request, self._info, self._limits)
+
+    def sequence(self, request: Request, arrived_at: float) -> Sequence:
+        """The sequence of a checked request."""
+        params = sampling_of(request)
+        # Prompt logprobs and vectors need every position computed, so no block may stand for it.
+        reuses = params.prompt_logprobs is None and params is request.params
+        drafts = request.grammar is None and self.max_drafts > 0
+        seq = Sequence(
+            id=next(self._ids),
+            request=request,
+            params=params,
+            seed=self._random.getrandbits(63) if params.seed is None else params.seed,
+            max_length=min(len(request.token_ids) + params.max_tokens, self._limits.max_length),
+            stop_ids=stop_ids(params, self._info.eos_token_ids),
+            table=self._cache.table(request.salt, request.adapter, reuses),
+            times=RequestTimes(arrived_at),
+            tokens=list(request.token_ids),
+            plain=request.grammar is None and params.logprobs is None and not drafts,
+        )
+        if params.prompt_logprobs is not None:
+            seq.expect_prompt_logprobs()
+        if drafts and self._propose is not None and seq.generates:
+            seq.proposer = self._propose()
+        return seq
+
+
+def _ngram_lookup(num_drafts: int) -> ProposerFactory | None:
+    return (lambda: NGramProposer(num_drafts)) if num_drafts else None
 
 
 def reject_unfit(request: Request, info: BackendInfo, limits: Limits) -> None:

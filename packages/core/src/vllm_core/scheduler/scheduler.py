@@ -12,8 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as ReadOnly
-from itertools import count
-from random import Random
 
 from vllm_traits import (
     BackendInfo,
@@ -21,7 +19,6 @@ from vllm_traits import (
     BatchOutput,
     BlockStore,
     Chunk,
-    ConfigError,
     FinishReason,
     Request,
     RequestOutput,
@@ -30,15 +27,15 @@ from vllm_traits import (
 from vllm_core.config import SchedulerConfig
 from vllm_core.kv_cache.cache import KVCache
 from vllm_core.kv_cache.keys import Digest, sha256
-from vllm_core.metrics.stats import EngineStats, RequestTimes
-from vllm_core.scheduler.finish import Ending, stop_ids
-from vllm_core.scheduler.intake import Limits, reject_unfit
+from vllm_core.metrics.stats import EngineStats
+from vllm_core.scheduler.finish import Ending
+from vllm_core.scheduler.intake import Intake, Limits
 from vllm_core.scheduler.plan import Launched, Plan
-from vllm_core.scheduler.propose import NGramProposer, ProposerFactory
+from vllm_core.scheduler.propose import ProposerFactory
 from vllm_core.scheduler.results import GRAMMAR_ERROR, INTERNAL_ERROR, ResultReader
 from vllm_core.scheduler.room import Room
 from vllm_core.scheduler.roster import Roster
-from vllm_core.scheduler.sequence import Sequence, sampling_of
+from vllm_core.scheduler.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -92,21 +89,7 @@ class Scheduler:
         self._draining = False  # memory ran out: wait until nothing is in flight, then make room
         self._prompt_waits = False  # decodes used up the budget: next time a prompt goes first
         self._clock = clock
-        self._ids = count()
-        self._random = Random()
-        self._propose = self._proposer_factory(propose)
-        self._max_drafts = info.num_drafts or config.num_ngram_drafts or int(propose is not None)
-
-    def _proposer_factory(self, propose: ProposerFactory | None) -> ProposerFactory | None:
-        num_drafts = self.config.num_ngram_drafts
-        if propose is None and num_drafts:
-            propose = lambda: NGramProposer(num_drafts)  # noqa: E731
-        if propose is not None and self.info.num_drafts:
-            raise ConfigError(
-                f"The backend proposes {self.info.num_drafts} drafts by itself; drafts of the host "
-                "cannot be used beside them. Set num_ngram_drafts to 0."
-            )
-        return propose
+        self._intake = Intake(info, config, self.limits, self.cache, propose)
 
     # -- intake -----------------------------------------------------------------------------------
 
@@ -116,7 +99,7 @@ class Scheduler:
         Raises:
             InvalidRequestError: With what is wrong, and both values.
         """
-        reject_unfit(request, self.info, self.limits)
+        self._intake.check(request)
 
     def add(self, request: Request, arrived_at: float | None = None) -> None:
         """Queue a request.
@@ -127,33 +110,10 @@ class Scheduler:
         """
         self.check(request)
         self.roster.refuse(request.id)
-        seq = self._sequence(request, self._clock() if arrived_at is None else arrived_at)
+        seq = self._intake.sequence(request, self._clock() if arrived_at is None else arrived_at)
         self.roster.add(seq)
         if seq.generates:
             self.stats.params_max_tokens.observe(seq.params.max_tokens)
-
-    def _sequence(self, request: Request, arrived_at: float) -> Sequence:
-        params = sampling_of(request)
-        # Prompt logprobs and vectors need every position computed, so no block may stand for it.
-        reuses = params.prompt_logprobs is None and params is request.params
-        drafts = request.grammar is None and self._max_drafts > 0
-        seq = Sequence(
-            id=next(self._ids),
-            request=request,
-            params=params,
-            seed=self._random.getrandbits(63) if params.seed is None else params.seed,
-            max_length=min(len(request.token_ids) + params.max_tokens, self.limits.max_length),
-            stop_ids=stop_ids(params, self.info.eos_token_ids),
-            table=self.cache.table(request.salt, request.adapter, reuses),
-            times=RequestTimes(arrived_at),
-            tokens=list(request.token_ids),
-            plain=request.grammar is None and params.logprobs is None and not drafts,
-        )
-        if params.prompt_logprobs is not None:
-            seq.expect_prompt_logprobs()
-        if drafts and self._propose is not None and seq.generates:
-            seq.proposer = self._propose()
-        return seq
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request in whatever state it is; unknown and finished ones are left alone."""
@@ -255,7 +215,7 @@ class Scheduler:
 
     def _decode_order(self, budget: int) -> list[Sequence]:
         """Order of admission; if the budget may not suffice, who waited longest for a token."""
-        if len(self.running) * (1 + self._max_drafts) <= budget:
+        if len(self.running) * (1 + self._intake.max_drafts) <= budget:
             return list(self.running.values())
         return sorted(self.running.values(), key=lambda seq: seq.times.last_token)
 
