@@ -73,9 +73,14 @@ SPANS = {
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("group_positions", [8192, 48, 1])
+@pytest.mark.parametrize("window", [0, 1, 7, 40])
 @pytest.mark.parametrize("name", SPANS)
 def test_paged_attention(
-    name: str, heads: tuple[int, int], group_positions: int, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    window: int,
+    heads: tuple[int, int],
+    group_positions: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(paged_attention, "GROUP_POSITIONS", group_positions)
     num_heads, num_kv_heads = heads
@@ -84,9 +89,9 @@ def test_paged_attention(
     spans = [Span(row, *span) for row, span in enumerate(SPANS[name])]
     q = noise(sum(span.num_queries for span in spans), num_heads, 16)
     keys, values = (noise(num_blocks, block_size, num_kv_heads, 16) + i for i in range(2))
-    prepared = prepare(spans, tables, block_size, q.dtype)
+    prepared = prepare(spans, tables, block_size, q.dtype, window)
     got = paged_attention.paged_attention(q, keys, values, prepared, 0.25)
-    wanted = paged_attention.reference(q, keys, values, spans, tables, 0.25)
+    wanted = paged_attention.reference(q, keys, values, spans, tables, 0.25, window)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 

@@ -61,6 +61,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama-linear-scaling": rope(rope_type="linear", factor=2.0),
     "llama-yarn-scaling": rope(500.0, **YARN),
     "llama-padded-vocabulary-several-eos": {"vocab_size": 160, "eos_token_id": [2, 5, 7]},
+    "mistral-no-window": {"family": "mistral", "sliding_window": None},
+    "mistral-window-shorter-than-the-prompt": {"family": "mistral", "sliding_window": 6},
+    "mistral-wide-heads-window-of-blocks": {
+        "family": "mistral",
+        "sliding_window": 16,
+        "head_dim": 24,
+        "num_hidden_layers": 3,
+    },
     "qwen2": {"family": "qwen2"},
     "qwen2-tied-odd-layers-old-rope-fields": {
         "family": "qwen2",

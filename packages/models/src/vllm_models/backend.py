@@ -145,7 +145,7 @@ def _assemble(
         fingerprint=sha256(fingerprint(options.model) + layout.encode()).digest(),
     )
     loaded = Loaded(config, memory, default_pooling(options.model))
-    return TorchBackend(Runner(model, kv, rows), info, loaded)
+    return TorchBackend(Runner(model, kv, rows, config.window), info, loaded)
 
 
 def _warm_up(backend: TorchBackend, on_progress: OnProgress) -> None:

@@ -57,6 +57,7 @@ class ModelConfig:
         vocab_size: Width of the logits.
         max_position: Longest context the model was made for.
         norm_eps: Added to the variance in RMSNorm.
+        window: Positions a query looks back in every layer, its own included; 0 is all.
         rope: Rotary position embedding.
         tie_word_embeddings: The output head is the embedding table.
         attention_bias: The four attention projections have biases.
@@ -76,6 +77,7 @@ class ModelConfig:
     vocab_size: int
     max_position: int
     norm_eps: float
+    window: int
     rope: RopeConfig
     tie_word_embeddings: bool
     attention_bias: bool
@@ -121,6 +123,7 @@ class ModelConfig:
             vocab_size=fields.positive("vocab_size"),
             max_position=fields.positive("max_position_embeddings"),
             norm_eps=fields.get("rms_norm_eps", float, 1e-6),
+            window=_window(fields),
             rope=_rope(fields),
             tie_word_embeddings=fields.get("tie_word_embeddings", bool, False),
             attention_bias=fields.get("attention_bias", bool, False),
@@ -179,7 +182,16 @@ def _refuse_unsupported(fields: JsonFields) -> None:
         )
     sliding = fields.get("use_sliding_window", bool, False)
     if sliding or "sliding_attention" in fields.get("layer_types", list, []):
-        raise ModelError(f"{fields.source}: sliding-window attention is not supported.")
+        raise ModelError(
+            f"{fields.source}: sliding-window attention in some of the layers is not supported."
+        )
+
+
+def _window(fields: JsonFields) -> int:
+    """Mistral's window holds in every layer; elsewhere the field means nothing by itself."""
+    has_window = fields.get("model_type", str, "") == "mistral"
+    wanted = has_window and fields.values.get("sliding_window") is not None
+    return fields.positive("sliding_window") if wanted else 0
 
 
 def _rope(fields: JsonFields) -> RopeConfig:

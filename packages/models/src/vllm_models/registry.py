@@ -18,6 +18,7 @@ ENTRY_POINT_GROUP = "vllm_lite.architectures"
 
 _ARCHITECTURES: dict[str, str | type[Decoder]] = {
     "LlamaForCausalLM": "vllm_models.architectures.llama:LlamaForCausalLM",
+    "MistralForCausalLM": "vllm_models.architectures.llama:LlamaForCausalLM",
     "Qwen2ForCausalLM": "vllm_models.architectures.qwen2:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "vllm_models.architectures.qwen3:Qwen3ForCausalLM",
 }

@@ -1,4 +1,7 @@
-"""Llama 1, 2 and 3: grouped attention with rotary positions, gated feed-forward, RMSNorm first."""
+"""Llama 1, 2 and 3: grouped attention with rotary positions, gated feed-forward, RMSNorm first.
+
+Mistral runs as Llama: its window of positions is applied by the masks of a step.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Causal attention of a ragged batch over KV blocks.
 
 q [T, H, D]; keys, values [B, P, K, D] -> [T, H, D]. Every sequence owns a span of consecutive
-queries, the last `num_queries` positions of its context:
+queries, the last `num_queries` positions of its context. With a window of W, a query sees the W
+positions that end with its own:
 
     positions   0 ........ context_length - num_queries ........ context_length - 1
                 [ read from blocks only ][ queries of this step, written before ]
@@ -63,7 +64,11 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    spans: Sequence[Span], block_tables: Tensor, block_size: int, dtype: torch.dtype
+    spans: Sequence[Span],
+    block_tables: Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+    window: int = 0,
 ) -> Prepared:
     """Decide which queries are computed together.
 
@@ -72,6 +77,7 @@ def prepare(
         block_tables: [rows, N]; entries past a sequence's end must be valid blocks.
         block_size: Positions per block.
         dtype: Of the queries.
+        window: Positions a query looks back, its own included; 0 is all.
     """
     singles: list[tuple[int, int, int]] = []  # context length, place in T, row
     prompts: list[Prompt] = []
@@ -82,16 +88,20 @@ def prepare(
             singles += [(first + i, place + i, row) for i in range(num_queries)]
         else:
             table = block_tables[row, : -(-length // block_size)]
-            mask = None if length == num_queries else _mask(num_queries, length, dtype, table)
+            plain = length == num_queries and (window == 0 or length <= window)
+            mask = None if plain else _mask(num_queries, length, window, dtype, table)
             prompts.append(Prompt(slice(place, place + num_queries), length, table, mask))
         place += num_queries
-    groups = _group(singles, block_tables, block_size, dtype, in_order=not prompts)
+    groups = _group(singles, block_tables, block_size, dtype, window, in_order=not prompts)
     return Prepared(tuple(groups), tuple(prompts))
 
 
-def _mask(num_queries: int, length: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-    hidden = torch.full((num_queries, length), -torch.inf, dtype=dtype, device=like.device)
-    return hidden.triu_(length - num_queries + 1)
+def _mask(num_queries: int, length: int, window: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    visible = torch.ones((num_queries, length), dtype=torch.bool, device=like.device)
+    visible = visible.tril_(length - num_queries)
+    if window:
+        visible = visible.triu_(length - num_queries - window + 1)
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
 
 def _group(
@@ -99,6 +109,7 @@ def _group(
     block_tables: Tensor,
     block_size: int,
     dtype: torch.dtype,
+    window: int,
     in_order: bool,
 ) -> list[Group]:
     """Queries of similar context share a group, so that little is padding."""
@@ -121,6 +132,8 @@ def _group(
         positions = torch.arange(num_blocks * block_size, device=device)
         mask = torch.zeros(len(members), len(positions), dtype=dtype, device=device)
         mask.masked_fill_(positions >= lengths[:, None], -torch.inf)
+        if window:
+            mask.masked_fill_(positions < lengths[:, None] - window, -torch.inf)
         blocks = block_tables[rows, :num_blocks].flatten()
         groups.append(Group(None if in_order else places, blocks, mask[:, None, None]))
     return groups
@@ -188,6 +201,7 @@ def reference(
     spans: Sequence[Span],
     block_tables: Tensor,
     scale: float,
+    window: int = 0,
 ) -> Tensor:
     """The textbook form: one query and one head at a time, in float32."""
     out, place = torch.empty_like(q), 0
@@ -195,9 +209,10 @@ def reference(
     for row, num_queries, length in spans:
         k, v = (kv[block_tables[row]].flatten(0, 1).float() for kv in (keys, values))
         for index in range(num_queries):
-            visible = length - num_queries + index + 1
+            end = length - num_queries + index + 1
+            seen = slice(max(0, end - window) if window else 0, end)
             for head in range(q.shape[1]):
-                scores = k[:visible, head // repeats] @ q[place, head].float() * scale
-                out[place, head] = scores.softmax(0) @ v[:visible, head // repeats]
+                scores = k[seen, head // repeats] @ q[place, head].float() * scale
+                out[place, head] = scores.softmax(0) @ v[seen, head // repeats]
             place += 1
     return out

@@ -102,7 +102,7 @@ def _refuse(chunk: Chunk, row: Row, start: int, rows: Rows) -> str | None:
 
 
 def token_ids_and_context(
-    works: Sequence[Work], rows: Rows, kv: Tensor
+    works: Sequence[Work], rows: Rows, kv: Tensor, window: int
 ) -> tuple[Tensor, ForwardContext]:
     """Token ids [T] of the step and everything else a forward pass needs."""
     indices: list[int] = []
@@ -118,7 +118,7 @@ def token_ids_and_context(
     ctx = ForwardContext(
         positions=positions,
         slot_mapping=blocks * rows.block_size + positions % rows.block_size,
-        attention=prepare(spans, rows.tables, rows.block_size, kv.dtype),
+        attention=prepare(spans, rows.tables, rows.block_size, kv.dtype, window),
         kv=tuple(tuple(layer) for layer in kv),
     )
     return rows.tokens[row, positions], ctx

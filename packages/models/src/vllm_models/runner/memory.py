@@ -59,13 +59,14 @@ def kv_group(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVGrou
     """The KV shape of a model whose layers are all alike."""
     elements = 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim
     return KVGroup(
-        name="full",
+        name="sliding" if config.window else "full",
         layers=tuple(range(config.num_layers)),
         num_kv_heads=config.num_kv_heads,
         key_dim=config.head_dim,
         value_dim=config.head_dim,
         dtype=str(dtype).removeprefix("torch."),
         bytes_per_block=elements * dtype.itemsize,
+        window=config.window,
     )
 
 

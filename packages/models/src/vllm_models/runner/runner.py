@@ -34,12 +34,14 @@ class Runner:
         model: With its weights.
         kv: The pool [layers, 2, B + 1, P, K, D].
         rows: Rows over the same pool.
+        window: Positions a query looks back; 0 is all.
     """
 
-    def __init__(self, model: Decoder, kv: Tensor, rows: Rows) -> None:
+    def __init__(self, model: Decoder, kv: Tensor, rows: Rows, window: int = 0) -> None:
         self._model = model
         self._kv = kv
         self._rows = rows
+        self._window = window
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> InFlight:
@@ -60,7 +62,7 @@ class Runner:
         return Done(step.result())
 
     def _hidden(self, inputs: Inputs) -> Tensor:
-        token_ids, ctx = token_ids_and_context(inputs.works, self._rows, self._kv)
+        token_ids, ctx = token_ids_and_context(inputs.works, self._rows, self._kv, self._window)
         return self._model(token_ids, ctx)
 
     def _prompt_logprobs(
