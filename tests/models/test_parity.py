@@ -40,6 +40,7 @@ def rope(theta: float = 10000.0, **scaling: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta} | scaling}
 
 
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 VOCAB_SIZE = 128
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -69,6 +70,31 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "head_dim": 24,
         "num_hidden_layers": 3,
     },
+    "mixtral": {"family": "mixtral", "num_local_experts": 4},
+    "mixtral-one-of-three-experts-window": {
+        "family": "mixtral",
+        "num_local_experts": 3,
+        "num_experts_per_tok": 1,
+        "sliding_window": 7,
+    },
+    "qwen2-moe": {"family": "qwen2_moe", "shared_expert_intermediate_size": 40} | EXPERTS,
+    "qwen2-moe-every-second-layer-renormalised": {
+        "family": "qwen2_moe",
+        "shared_expert_intermediate_size": 16,
+        "num_hidden_layers": 4,
+        "decoder_sparse_step": 2,
+        "norm_topk_prob": True,
+    }
+    | EXPERTS,
+    "qwen3-moe": {"family": "qwen3_moe", "norm_topk_prob": True} | EXPERTS,
+    "qwen3-moe-dense-first-layer": {
+        "family": "qwen3_moe",
+        "mlp_only_layers": [0],
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.4,
+    }
+    | EXPERTS,
     "qwen2": {"family": "qwen2"},
     "qwen2-tied-odd-layers-old-rope-fields": {
         "family": "qwen2",

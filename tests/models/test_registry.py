@@ -73,7 +73,9 @@ def test_an_unknown_architecture_is_answered_with_the_supported_ones(
     small: Any, tmp_path: Path
 ) -> None:
     folder = renamed(small, tmp_path / "model", "BertModel")
-    with pytest.raises(ModelError, match=r"BertModel.*LlamaForCausalLM, MistralForCausalLM, Qwen2"):
+    with pytest.raises(
+        ModelError, match=r"BertModel.*LlamaForCausalLM, MistralForCausalLM, Mixtral"
+    ):
         load_backend(BackendOptions(folder))
 
 

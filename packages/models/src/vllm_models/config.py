@@ -188,8 +188,8 @@ def _refuse_unsupported(fields: JsonFields) -> None:
 
 
 def _window(fields: JsonFields) -> int:
-    """Mistral's window holds in every layer; elsewhere the field means nothing by itself."""
-    has_window = fields.get("model_type", str, "") == "mistral"
+    """The window of Mistral and Mixtral holds in every layer; elsewhere the field alone is idle."""
+    has_window = fields.get("model_type", str, "") in ("mistral", "mixtral")
     wanted = has_window and fields.values.get("sliding_window") is not None
     return fields.positive("sliding_window") if wanted else 0
 

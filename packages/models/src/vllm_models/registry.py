@@ -19,8 +19,11 @@ ENTRY_POINT_GROUP = "vllm_lite.architectures"
 _ARCHITECTURES: dict[str, str | type[Decoder]] = {
     "LlamaForCausalLM": "vllm_models.architectures.llama:LlamaForCausalLM",
     "MistralForCausalLM": "vllm_models.architectures.llama:LlamaForCausalLM",
+    "MixtralForCausalLM": "vllm_models.architectures.mixtral:MixtralForCausalLM",
     "Qwen2ForCausalLM": "vllm_models.architectures.qwen2:Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM": "vllm_models.architectures.qwen2_moe:Qwen2MoeForCausalLM",
     "Qwen3ForCausalLM": "vllm_models.architectures.qwen3:Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM": "vllm_models.architectures.qwen3_moe:Qwen3MoeForCausalLM",
 }
 
 

@@ -1,0 +1,37 @@
+"""Qwen3-MoE: Qwen3 with a mixture of experts in most layers."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vllm_models.architectures.qwen2_moe import experts, is_sparse
+from vllm_models.components.attention import Attention
+from vllm_models.components.context import ForwardContext
+from vllm_models.components.decoder import CausalLM
+from vllm_models.components.mlp import GatedMLP
+from vllm_models.components.norm import RMSNorm
+from vllm_models.components.rotary import Rotation
+from vllm_models.config import ModelConfig
+
+
+class Qwen3MoeBlock(nn.Module):
+    """One decoder layer."""
+
+    def __init__(self, c: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.self_attn = Attention(c, layer, qk_norm=True)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.mlp = experts(c) if is_sparse(c, layer) else GatedMLP(c)
+
+    def forward(self, x: Tensor, rotate: Rotation, ctx: ForwardContext) -> Tensor:
+        """[T, M] -> [T, M]."""
+        x = x + self.self_attn(self.input_layernorm(x), rotate, ctx)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen3MoeForCausalLM(CausalLM):
+    """Qwen3-MoE with its output head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, Qwen3MoeBlock)
