@@ -76,6 +76,8 @@ only numbers, words and names are drawn anew, and questions about vllm-lite may 
 Perplexity of these answers: {perplexity:.2f}. The draft model guesses {acceptance:.0%} of the
 main model's greedy tokens.
 
+Long invented words, long lists, word problems and unusual requests for tools go wrong most often.
+
 ## Samples
 
 {samples}

@@ -2,6 +2,7 @@
 
     python train.py --output DIR --minutes 28
     python train.py --output DIR --resume --mix skills --rate 2e-3 --minutes 36 --draft-minutes 6
+    python train.py --output DIR --resume --mix polish --rate 1e-3 --minutes 25 --seed 8
 
 The learning rate follows the share of the time budget that is used up, so a slower machine trains
 on less text but ends in the same way.
