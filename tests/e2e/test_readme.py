@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -54,7 +55,9 @@ def test_every_hatch_script_of_the_readme_exists() -> None:
 
 def test_the_first_command_serves_and_sigterm_leaves_no_orphan() -> None:
     assert "python3 -m pip install hatch && hatch run serve\n" in README
-    port = "18431"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     command = expand(f"hatch run serve --port {port}")
     process = subprocess.Popen(["bash", "-c", command], cwd=ROOT, env={"PATH": f"{BIN}:/bin"})
     try:
