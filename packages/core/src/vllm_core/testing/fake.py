@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 from vllm_traits import (
-    EMPTY,
     BackendInfo,
     Batch,
     BatchOutput,
@@ -19,6 +18,8 @@ from vllm_traits import (
     Start,
     TokenLogprobs,
 )
+
+from vllm_core.testing.in_flight import SampledOnce
 
 Reply = Callable[[tuple[int, ...]], tuple[int, ...]]  # prompt -> completion
 
@@ -78,7 +79,7 @@ class FakeBackend:
         self._reply = reply
         self._rows: dict[int, _Row] = {}
 
-    def forward(self, batch: Batch) -> _FakeInFlight:
+    def forward(self, batch: Batch) -> SampledOnce:
         """Apply released, starts and chunks in this order."""
         if self._record:
             self.batches.append(batch)
@@ -88,7 +89,7 @@ class FakeBackend:
             num_said = len(start.token_ids) - start.num_prompt_tokens
             script = self._reply(start.token_ids[: start.num_prompt_tokens])
             self._rows[start.seq_id] = _Row(start, script, num_said)
-        return _FakeInFlight(self, batch)
+        return SampledOnce(partial(self.answer, batch), self.step_seconds)
 
     def close(self) -> None:
         """Drop every row."""
@@ -175,25 +176,3 @@ class FakeBackend:
         counts = counts[: params.dimensions]
         norm = sum(each * each for each in counts) ** 0.5 if params.normalize else 1.0
         return tuple(each / (norm or 1.0) for each in counts)
-
-
-class _FakeInFlight:
-    """Answers when sampled; waits, if told to, when read."""
-
-    def __init__(self, backend: FakeBackend, batch: Batch) -> None:
-        self._backend = backend
-        self._batch = batch
-        self._output: BatchOutput | None = None
-
-    def sample(self, masks: Mapping[int, bytes] = EMPTY) -> None:
-        assert self._output is None, "sample() was called twice"
-        self._output = self._backend.answer(self._batch, masks)
-
-    def done(self) -> bool:
-        return self._output is not None
-
-    def result(self) -> BatchOutput:
-        assert self._output is not None, "result() before sample()"
-        if self._backend.step_seconds:
-            time.sleep(self._backend.step_seconds)
-        return self._output

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from vllm_traits import (
-    EMPTY,
     BackendInfo,
     Batch,
     BatchOutput,
@@ -20,6 +20,8 @@ from vllm_traits import (
     Start,
     TokenLogprobs,
 )
+
+from vllm_core.testing.in_flight import SampledOnce
 
 
 def next_token(context: Sequence[int], seed: int = 0) -> int:
@@ -165,7 +167,7 @@ class SimBackend:
         for store in stores:
             store.bind(self)
 
-    def forward(self, batch: Batch) -> SimInFlight:
+    def forward(self, batch: Batch) -> SampledOnce:
         """Apply released, starts and chunks in this order."""
         assert batch.step > self._last_step, "steps count up"
         self._last_step = batch.step
@@ -182,7 +184,7 @@ class SimBackend:
         self.num_steps += 1
         for store in self.stores:
             store.tick()
-        return SimInFlight(self, batch)
+        return SampledOnce(partial(self.answer, batch))
 
     def close(self) -> None:
         """Drop every row."""
@@ -297,26 +299,3 @@ class SimBackend:
         """Replace what a block holds."""
         for offset, token in enumerate(tokens):
             self._kv[block, offset] = token
-
-
-class SimInFlight:
-    """Forward has run; sampling runs when asked, exactly once."""
-
-    def __init__(self, backend: SimBackend, batch: Batch) -> None:
-        self._backend = backend
-        self._batch = batch
-        self._output: BatchOutput | None = None
-
-    def sample(self, masks: Mapping[int, bytes] = EMPTY) -> None:
-        """Sample every chunk that asks for it."""
-        assert self._output is None, "sample() was called twice"
-        self._output = self._backend.answer(self._batch, masks)
-
-    def done(self) -> bool:
-        """Whether it was sampled."""
-        return self._output is not None
-
-    def result(self) -> BatchOutput:
-        """What the batch produced."""
-        assert self._output is not None, "result() before sample()"
-        return self._output
