@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vllm_models import BackendOptions, LoadProgress, load_backend
-from vllm_models.weights.checkpoint import INDEX_NAME
+from vllm_models.weights.safetensors import INDEX_NAME
 from vllm_traits import DeviceError, ModelError
 
 
@@ -168,9 +168,21 @@ def test_loading_reports_progress_that_only_grows(make_checkpoint: Any) -> None:
     assert len({progress.detail for progress in seen if progress.stage == "load"}) > 3
 
 
-def test_weights_that_cannot_be_allocated_are_refused(folder: Path) -> None:
-    fields = json.loads((folder / "config.json").read_text())
-    fields["vocab_size"] = 1 << 45
-    (folder / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(DeviceError, match="do not fit"):
+def test_weights_that_cannot_be_allocated_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("vllm_models.weights.load._materialise", no_memory)
+    with pytest.raises(DeviceError, match=r"do not fit: .*allocate"):
+        load(folder)
+
+
+def test_a_shape_that_the_weights_do_not_have_is_refused_before_anything_is_allocated(
+    folder: Path,
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 2**45}))
+    with pytest.raises(ModelError, match=r"embed_tokens.weight is \[128, 48\], but must be"):
         load(folder)

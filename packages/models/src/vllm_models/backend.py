@@ -28,8 +28,8 @@ from vllm_models.registry import find_architecture
 from vllm_models.runner.memory import MemoryReport, allocate_kv, kv_group, plan_memory
 from vllm_models.runner.rows import Rows
 from vllm_models.runner.runner import Runner
-from vllm_models.weights.checkpoint import fingerprint
-from vllm_models.weights.load import build_model, load_weights
+from vllm_models.weights.checkpoint import Checkpoint, open_checkpoint
+from vllm_models.weights.load import load_model, num_bytes
 
 
 @dataclass(frozen=True)
@@ -107,25 +107,25 @@ def load_backend(options: BackendOptions, on_progress: OnProgress | None = None)
         DeviceError: The device is missing or too small.
     """
     report = on_progress or ignore_progress
-    config = ModelConfig.from_folder(options.model)
+    checkpoint = open_checkpoint(options.model)
+    config = ModelConfig.from_fields(checkpoint.fields, checkpoint.eos_token_ids)
     architecture = find_architecture(config.architecture)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, config, device)
-    model = build_model(architecture, config, dtype, device)
-    load_weights(model, options.model, report)
-    set_threads(options.threads, device, _num_bytes(model))
-    memory = plan_memory(options, config, dtype, device, _num_bytes(model))
-    backend = _assemble(options, config, model, memory)
+    model = load_model(architecture, config, checkpoint, None, (dtype, device), report)
+    set_threads(options.threads, device, num_bytes(model))
+    memory = plan_memory(options, config, dtype, device, num_bytes(model))
+    backend = _assemble(options, checkpoint, config, model, memory)
     _warm_up(backend, report)
     return backend
 
 
-def _num_bytes(model: Decoder) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
 def _assemble(
-    options: BackendOptions, config: ModelConfig, model: Decoder, memory: MemoryReport
+    options: BackendOptions,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    model: Decoder,
+    memory: MemoryReport,
 ) -> TorchBackend:
     dtype, device = getattr(torch, memory.dtype), torch.device(memory.device)
     group = kv_group(config, options.block_size, dtype)
@@ -142,7 +142,7 @@ def _assemble(
         max_sequences=max_sequences,
         max_batch_tokens=options.max_batch_tokens,
         kv_groups=(group,),
-        fingerprint=sha256(fingerprint(options.model) + layout.encode()).digest(),
+        fingerprint=sha256(checkpoint.fingerprint() + layout.encode()).digest(),
     )
     loaded = Loaded(config, memory, default_pooling(options.model))
     return TorchBackend(Runner(model, kv, rows, config.window), info, loaded)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from vllm_traits import ModelError
 
@@ -87,26 +86,13 @@ class ModelConfig:
     fields: JsonFields
 
     @classmethod
-    def from_folder(cls, folder: Path) -> ModelConfig:
-        """Read `config.json`, and end-of-sequence ids of `generation_config.json` if it is there.
+    def from_fields(cls, fields: JsonFields, eos_token_ids: frozenset[int]) -> ModelConfig:
+        """Interpret the values of a `config.json`.
 
         Raises:
             ModelError: A field is missing, has the wrong type, or asks for something unsupported;
                 the message names file and field.
         """
-        path = folder / "config.json"
-        if not path.is_file():
-            raise ModelError(f"{folder} has no config.json; it must be a Hugging Face checkpoint.")
-        fields = JsonFields.read(path)
-        generation = folder / "generation_config.json"
-        eos = fields.ids("eos_token_id")
-        if generation.is_file():
-            eos |= JsonFields.read(generation).ids("eos_token_id")
-        return cls.from_fields(fields, eos)
-
-    @classmethod
-    def from_fields(cls, fields: JsonFields, eos_token_ids: frozenset[int]) -> ModelConfig:
-        """Interpret an already parsed `config.json`; raises as `from_folder` does."""
         _refuse_unsupported(fields)
         hidden_size = fields.positive("hidden_size")
         num_heads = fields.positive("num_attention_heads")
@@ -170,11 +156,6 @@ def _architecture(fields: JsonFields) -> str:
 
 def _refuse_unsupported(fields: JsonFields) -> None:
     """Features that change the arithmetic and are not there must not load silently."""
-    if fields.child("quantization_config") is not None:
-        raise ModelError(
-            f"{fields.source}: the weights are quantized ('quantization_config'), which is not "
-            "supported; use the unquantized checkpoint."
-        )
     activation = fields.get("hidden_act", str, "silu")
     if activation != "silu":
         raise ModelError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from vllm_models.components.linear import Linear
 from vllm_models.components.norm import RMSNorm
 from vllm_models.components.rotary import RotaryEmbedding
 from vllm_models.config import ModelConfig
+from vllm_models.weights.saved import SavedTensor
 
 MakeBlock = Callable[[ModelConfig, int], nn.Module]
 
@@ -24,6 +25,14 @@ class Decoder(nn.Module, ABC):
     def __init__(self, config: ModelConfig) -> None:
         """Build empty layers; the loader fills them."""
         super().__init__()
+
+    @classmethod
+    def split(cls, saved: SavedTensor, config: ModelConfig) -> Iterable[SavedTensor]:
+        """The tensors of this model that a saved one holds, such as the experts of a stack.
+
+        Nothing, for a tensor that this model has no use for.
+        """
+        return (saved,)
 
     @abstractmethod
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from vllm_models.components.linear import Linear
 
 
-class Embedding(nn.Module):
-    """A vector per token; also an output head when the two are tied."""
+class Embedding(Linear):
+    """A vector per token, [vocab_size, width]; also an output head when the two are tied.
+
+    Held like the weight of any linear layer, so that it may be quantized.
+
+    Args:
+        vocab_size: Number of vectors.
+        width: Of each.
+    """
 
     def __init__(self, vocab_size: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, width), requires_grad=False)
+        super().__init__(width, vocab_size)
+        self.dtype = torch.get_default_dtype()
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, M]."""
-        return F.embedding(token_ids, self.weight)
+        return self.method.gather(self, token_ids).to(self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, M] -> [N, V]: how well each token's vector matches."""
-        return F.linear(hidden, self.weight)
+        return self.method.apply(self, hidden, None)

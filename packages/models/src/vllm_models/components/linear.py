@@ -4,36 +4,85 @@ sees; which tensors of the checkpoint make up a layer is told by `parts`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_models.weights.saved import PLAIN_KINDS
 
-class LinearMethod(Protocol):
-    """One way to hold the weight of a linear layer."""
 
-    def create(self, layer: nn.Module, in_features: int, out_features: int) -> None:
-        """Add the parameters to the layer."""
-        ...
+class Place(NamedTuple):
+    """Where one tensor of a checkpoint goes.
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    Attributes:
+        shape: It must have.
+        kinds: Of which it must be one, see `SavedTensor.kind`.
+        take: Keeps it; a ValueError says what is wrong with the values.
+        optional: The checkpoint may leave it out.
+    """
+
+    shape: tuple[int, ...]
+    kinds: frozenset[str]
+    take: Callable[[Tensor], None]
+    optional: bool = False
+
+
+class LinearMethod(ABC):
+    """One way to hold the weight [out_features, in_features] of a linear layer."""
+
+    @abstractmethod
+    def create(self, layer: Linear) -> None:
+        """Add empty parameters to the layer."""
+
+    @abstractmethod
+    def places(self, layer: Linear, part: str) -> Mapping[str, Place]:
+        """What a part has in the checkpoint, by suffix of its name, such as "weight"."""
+
+    def pack(self, layer: Linear) -> None:  # noqa: B027 - most have nothing to do
+        """Change to the form that `apply` wants, after every tensor was taken."""
+
+    @abstractmethod
+    def apply(self, layer: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
         """[T, in_features] -> [T, out_features]."""
-        ...
+
+    @abstractmethod
+    def dequantize(self, layer: Linear) -> Tensor:
+        """The weight as numbers: [out_features, in_features] float32."""
+
+    def gather(self, layer: Linear, rows: Tensor) -> Tensor:
+        """Some rows of the weight, for embeddings: [T] -> [T, in_features]."""
+        return F.embedding(rows, self.dequantize(layer))
 
 
-class Dense:
+class Dense(LinearMethod):
     """The weight as it is, [out_features, in_features]."""
 
-    def create(self, layer: nn.Module, in_features: int, out_features: int) -> None:
+    def create(self, layer: Linear) -> None:
         """Add `weight`."""
-        layer.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        shape = (layer.out_features, layer.in_features)
+        layer.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    def places(self, layer: Linear, part: str) -> Mapping[str, Place]:
+        """Some rows of `weight`."""
+        rows, width = layer.rows(part), layer.parts[part]
+        shape = (width, layer.in_features)
+        return {"weight": Place(shape, PLAIN_KINDS, lambda t: layer.weight[rows].copy_(t))}
+
+    def apply(self, layer: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply by the transposed weight."""
         return F.linear(x, layer.weight, bias)
+
+    def dequantize(self, layer: Linear) -> Tensor:
+        """In float32."""
+        return layer.weight.float()
+
+    def gather(self, layer: Linear, rows: Tensor) -> Tensor:
+        """Plain lookup."""
+        return F.embedding(rows, layer.weight)
 
 
 class Linear(nn.Module):
@@ -45,22 +94,53 @@ class Linear(nn.Module):
             by name: `{"q_proj": 64, "k_proj": 32, "v_proj": 32}` reads three neighbours of this
             layer as one.
         bias: Whether b is there.
-        method: How the weight is held.
     """
 
+    weight: Tensor
+
     def __init__(
-        self,
-        in_features: int,
-        out_features: int | Mapping[str, int],
-        bias: bool = False,
-        method: LinearMethod | None = None,
+        self, in_features: int, out_features: int | Mapping[str, int], bias: bool = False
     ) -> None:
         super().__init__()
-        self.parts = {} if isinstance(out_features, int) else dict(out_features)
-        width = out_features if isinstance(out_features, int) else sum(self.parts.values())
-        self.method = method or Dense()
-        self.method.create(self, in_features, width)
-        self.bias = nn.Parameter(torch.empty(width), requires_grad=False) if bias else None
+        self.in_features = in_features
+        self.parts = {"": out_features} if isinstance(out_features, int) else dict(out_features)
+        self.out_features = sum(self.parts.values())
+        empty = torch.empty(self.out_features) if bias else None
+        self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
+        self.method: LinearMethod = Dense()
+        self.method.create(self)
+
+    def use(self, method: LinearMethod) -> None:
+        """Hold the weight in another way, before anything was loaded."""
+        for name in [name for name, _ in self.named_parameters(recurse=False) if name != "bias"]:
+            delattr(self, name)
+        self.method = method
+        method.create(self)
+
+    def rows(self, part: str) -> slice:
+        """Which outputs are a part's."""
+        first = 0
+        for name, width in self.parts.items():
+            if name == part:
+                return slice(first, first + width)
+            first += width
+        raise KeyError(part)
+
+    def places(self, path: str) -> Iterator[tuple[str, Place]]:
+        """Every tensor of the checkpoint that belongs to this layer, by its full name."""
+        for part, width in self.parts.items():
+            name = self.name_of(path, part)
+            for suffix, place in self.method.places(self, part).items():
+                yield f"{name}.{suffix}", place
+            if self.bias is not None:
+                rows = self.rows(part)
+                take = lambda t, rows=rows: self.bias[rows].copy_(t)  # noqa: E731
+                yield f"{name}.bias", Place((width,), PLAIN_KINDS, take)
+
+    def name_of(self, path: str, part: str) -> str:
+        """What the checkpoint calls a part of the layer that we call `path`."""
+        parent = path.rpartition(".")[0]
+        return path if not part else f"{parent}.{part}" if parent else part
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in_features] -> [T, out_features]."""

@@ -1,140 +1,245 @@
-"""Fill a model's parameters from a checkpoint, and say everything that does not fit at once."""
+"""Fill a model's parameters from a checkpoint: rename, split, check everything, then one pass.
+
+Headers are compared with the model before any weight is read, so that everything that does not fit
+is reported at once. A layer gets its memory when its first tensor arrives and is packed after its
+last, so that no more than a layer or two exist in two forms.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm_traits import DeviceError, ModelError
 
 from vllm_models.components.decoder import Decoder
-from vllm_models.components.linear import Linear
+from vllm_models.components.linear import Linear, LinearMethod, Place
 from vllm_models.config import ModelConfig
 from vllm_models.options import LoadProgress, OnProgress
-from vllm_models.weights.checkpoint import open_weights, weight_files
+from vllm_models.weights.checkpoint import Checkpoint
+from vllm_models.weights.saved import PLAIN_KINDS, SavedTensor
 
-_SAVED_DTYPES = ("F32", "F16", "BF16", "F64")
 _MAX_LISTED = 20
 
 
-def build_model(
-    architecture: type[Decoder], config: ModelConfig, dtype: torch.dtype, device: torch.device
+class Scheme(Protocol):
+    """Decides how each linear layer holds its weight."""
+
+    def method(
+        self, names: Sequence[str], layer: Linear, saved: Mapping[str, SavedTensor]
+    ) -> LinearMethod | None:
+        """How a layer is held; None is as it is.
+
+        Args:
+            names: Of the layer's parts in the checkpoint, without suffix.
+            layer: With its widths.
+            saved: The whole checkpoint by name.
+        """
+        ...
+
+
+def load_model(
+    architecture: type[Decoder],
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    scheme: Scheme | None,
+    target: tuple[torch.dtype, torch.device],
+    on_progress: OnProgress,
 ) -> Decoder:
-    """A model with uninitialised parameters of the wanted type on the wanted device.
+    """A model with its weights.
+
+    Args:
+        architecture: What to build.
+        config: Of the checkpoint.
+        checkpoint: Where the weights are.
+        scheme: How linear layers hold theirs; None is as they are.
+        target: Element type of what is not quantized, and device.
+        on_progress: Told about every tensor.
 
     Raises:
-        DeviceError: They do not fit.
+        ModelError: Lists every tensor that is missing, unexpected, doubled, or of a wrong shape,
+            type or value.
+        DeviceError: The weights do not fit.
     """
-    with torch.device("meta"):
-        model = architecture(config)
+    dtype, device = target
+    model = build_model(architecture, config, dtype)
+    wholes = list(checkpoint.tensors())
+    parts = [list(model.split(whole, config)) for whole in wholes]
+    saved = {part.name: part for split in parts for part in split}
+    if scheme is not None:
+        _choose_methods(model, scheme, saved)
+    filling = _Filling(model, device)
+    filling.check([part for split in parts for part in split], checkpoint.path)
+    progress = _Progress(on_progress, sum(whole.num_bytes for whole in wholes))
     try:
-        _materialise(model, dtype, device)
-    except RuntimeError as error:
-        num_bytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-        raise DeviceError(f"The weights need {num_bytes} bytes, which do not fit.") from error
+        for whole, split in zip(wholes, parts, strict=True):
+            for part in split:
+                filling.take(part)
+            whole.release()
+            progress.add(whole)
+    except (RuntimeError, MemoryError) as error:
+        size = progress.total >> 20
+        raise DeviceError(f"The weights ({size} MiB on disk) do not fit: {error}") from error
     return model.eval()
 
 
-def _materialise(model: Decoder, dtype: torch.dtype, device: torch.device) -> None:
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            kind = dtype if parameter.is_floating_point() else parameter.dtype
-            empty = torch.empty(parameter.shape, dtype=kind, device=device)
-            setattr(module, name, nn.Parameter(empty, requires_grad=False))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+def build_model(architecture: type[Decoder], config: ModelConfig, dtype: torch.dtype) -> Decoder:
+    """A model without memory, whose parameters will have the wanted type."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return architecture(config)
+    finally:
+        torch.set_default_dtype(usual)
 
 
-def load_weights(model: Decoder, folder: Path, on_progress: OnProgress) -> None:
-    """Copy every tensor of the checkpoint to its place.
-
-    Raises:
-        ModelError: Lists every tensor that is missing, unexpected, doubled, or of a wrong shape or
-            type.
-    """
-    files = weight_files(folder)
-    faults = _Faults(dict(_places(model)))
-    total, done = sum(path.stat().st_size for path in files) or 1, 0
-    for path in files:
-        on_progress(LoadProgress("load", done / total, path.name))
-        with open_weights(path) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - an open file is no mapping
-                place = faults.check(name, tensors.get_slice(name))
-                if place is not None:
-                    place.copy_(tensors.get_tensor(name))
-        done += path.stat().st_size
-    faults.report(folder)
-    on_progress(LoadProgress("load", 1.0, f"{len(files)} files"))
+def _choose_methods(model: Decoder, scheme: Scheme, saved: Mapping[str, SavedTensor]) -> None:
+    with torch.device("meta"):
+        for path, layer in model.named_modules():
+            if isinstance(layer, Linear):
+                names = [layer.name_of(path, part) for part in layer.parts]
+                method = scheme.method(names, layer, saved)
+                if method is not None:
+                    layer.use(method)
 
 
-def _places(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Where each tensor of the checkpoint goes: a parameter, or some rows of a stacked one."""
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            parts = module.parts if isinstance(module, Linear) else {}
-            if not parts:
-                yield f"{path}.{name}", parameter.data
+class _Progress:
+    """Counts bytes and reports every percent with the rate so far."""
+
+    def __init__(self, report: OnProgress, total: int) -> None:
+        self.total = total
+        self._report = report
+        self._done, self._percent = 0, -1
+        self._started = time.monotonic()
+
+    def add(self, tensor: SavedTensor) -> None:
+        """One more tensor is in its place."""
+        self._done += tensor.num_bytes
+        percent = self._done * 100 // max(self.total, 1)
+        if percent > self._percent:
+            self._percent = percent
+            rate = self._done / max(time.monotonic() - self._started, 1e-6) / 1e9
+            self._report(LoadProgress("load", percent / 100, f"{rate:.2f} GB/s"))
+
+
+@dataclass
+class _Owner:
+    """A module whose own tensors arrive one by one."""
+
+    module: nn.Module
+    left: set[str] = field(default_factory=set)
+
+
+class _Filling:
+    """Where every tensor goes, and what is still to come."""
+
+    def __init__(self, model: Decoder, device: torch.device) -> None:
+        self._device = device
+        self._places: dict[str, tuple[_Owner, Place]] = {}
+        for path, module in model.named_modules():
+            owner = _Owner(module)
+            for name, place in _places(path, module):
+                self._places[name] = (owner, place)
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+
+    def check(self, saved: Sequence[SavedTensor], path: Path) -> None:
+        """Raise if anything does not fit; remember which tensors each module waits for."""
+        faults = _Faults()
+        for tensor in saved:
+            name = self._spelled(tensor.name)
+            if name not in self._places:
+                faults.note_unexpected(name)
                 continue
-            rows = parameter.data.split(list(parts.values()))
-            parent = path.rpartition(".")[0]
-            for part, place in zip(parts, rows, strict=True):
-                yield f"{parent}.{part}.{name}", place
+            owner, place = self._places[name]
+            faults.compare(name, tensor, place)
+            owner.left.add(name)
+        needed = {name for name, (_, place) in self._places.items() if not place.optional}
+        faults.report(path, needed)
+
+    def take(self, tensor: SavedTensor) -> None:
+        """Keep one tensor, and pack its module if it was the last."""
+        name = self._spelled(tensor.name)
+        if name not in self._places:
+            return
+        owner, place = self._places[name]
+        _materialise(owner.module, self._device)
+        try:
+            place.take(tensor.read())
+        except ValueError as error:
+            raise ModelError(f"{tensor.source}: {tensor.name} {error}.") from error
+        owner.left.discard(name)
+        if not owner.left and isinstance(owner.module, Linear):
+            owner.module.method.pack(owner.module)
+
+    def _spelled(self, name: str) -> str:
+        """Checkpoints of embedding models leave out the prefix of the body."""
+        known = name in self._places or f"model.{name}" not in self._places
+        return name if known else f"model.{name}"
+
+
+def _places(path: str, module: nn.Module) -> Iterator[tuple[str, Place]]:
+    if isinstance(module, Linear):
+        yield from module.places(path)
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        take = lambda t, name=name: getattr(module, name).copy_(t)  # noqa: E731
+        yield f"{path}.{name}" if path else name, Place(tuple(parameter.shape), PLAIN_KINDS, take)
+
+
+def _materialise(module: nn.Module, device: torch.device) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if parameter.is_meta:
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, nn.Parameter(empty, requires_grad=False))
 
 
 @dataclass
 class _Faults:
-    """Compares what a checkpoint has with what a model needs."""
+    """Everything about a checkpoint that does not fit the model."""
 
-    places: dict[str, Tensor]
     seen: set[str] = field(default_factory=set)
     unexpected: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
-    def check(self, name: str, saved: object) -> Tensor | None:
-        """Where a saved tensor goes, or None if it goes nowhere."""
-        name = self._spelled(name)
-        place = self.places.get(name)
-        if place is None:
-            if not self._harmless(name):
-                self.unexpected.append(name)
-            return None
-        shape, dtype = tuple(saved.get_shape()), saved.get_dtype()  # type: ignore[attr-defined]
+    def note_unexpected(self, name: str) -> None:
+        """A tensor that goes nowhere, unless it is a known derived value or copy."""
+        derived = name.endswith(("rotary_emb.inv_freq", "rotary_emb.cos_cached"))
+        if not derived and name != "lm_head.weight":  # the second copy of a tied head
+            self.unexpected.append(name)
+
+    def compare(self, name: str, saved: SavedTensor, place: Place) -> None:
+        """Shape and type against what the place wants."""
         if name in self.seen:
             self.wrong.append(f"{name} is there twice")
-        elif shape != tuple(place.shape):
-            self.wrong.append(f"{name} is {list(shape)}, but must be {list(place.shape)}")
-        elif dtype not in _SAVED_DTYPES:
-            self.wrong.append(f"{name} is saved as {dtype}, which needs a method that is not there")
-        else:
-            self.seen.add(name)
-            return place
+        elif saved.shape != place.shape:
+            self.wrong.append(f"{name} is {list(saved.shape)}, but must be {list(place.shape)}")
+        elif saved.kind not in place.kinds:
+            wanted = ", ".join(sorted(place.kinds))
+            self.wrong.append(f"{name} is saved as {saved.kind}, but must be one of {wanted}")
         self.seen.add(name)
-        return None
 
-    def _spelled(self, name: str) -> str:
-        """Checkpoints of embedding models leave out the prefix of the body."""
-        return (
-            name if name in self.places or f"model.{name}" not in self.places else f"model.{name}"
-        )
-
-    def _harmless(self, name: str) -> bool:
-        """Derived values that old checkpoints carry, and the second copy of a tied head."""
-        tied = name == "lm_head.weight"
-        return tied or name.endswith(("rotary_emb.inv_freq", "rotary_emb.cos_cached"))
-
-    def report(self, folder: Path) -> None:
+    def report(self, path: Path, needed: set[str]) -> None:
         """Raise if anything was wrong."""
-        missing = sorted(self.places.keys() - self.seen)
+        missing = sorted(needed - self.seen)
         lists = {"missing": missing, "unexpected": sorted(self.unexpected), "wrong": self.wrong}
         lines = [f"{title}: {_listed(names)}" for title, names in lists.items() if names]
         if lines:
-            raise ModelError(f"The weights in {folder} do not fit the model. " + " ".join(lines))
+            raise ModelError(f"The weights in {path} do not fit the model. " + " ".join(lines))
 
 
 def _listed(names: list[str]) -> str:
     shown = ", ".join(names[:_MAX_LISTED])
     more = len(names) - _MAX_LISTED
     return f"{shown} and {more} more." if more > 0 else f"{shown}."
+
+
+def num_bytes(model: Decoder) -> int:
+    """Size of the weights in memory, however they are packed."""
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
