@@ -85,17 +85,10 @@ def load_model(settings: Settings, on_progress: OnProgress) -> LoadedModel:
     # Idle workers that spin starve the HTTP thread, and each other on a busy machine, many times
     # over. Read when torch is first imported; the operator's own choice stands.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from vllm_models import load_backend, resolve_model
+    from vllm_models import load_backend
 
     engine = settings.engine
-    folder = resolve_model(
-        model_source(engine),
-        revision=engine.revision,
-        download_dir=Path(engine.download_dir) if engine.download_dir else None,
-        offline=engine.offline,
-        token=hub_token(engine),
-        on_progress=on_progress,
-    )
+    folder = find_model(engine, on_progress=on_progress)
     template = Path(engine.chat_template).read_text("utf-8") if engine.chat_template else None
     tokenizer = Tokenizer(folder, template)
     backend = load_backend(backend_options(engine, folder), on_progress)
@@ -103,6 +96,31 @@ def load_model(settings: Settings, on_progress: OnProgress) -> LoadedModel:
         log.info("%s", note)
     sampling = sampling_defaults(settings.sampling, folder)
     return LoadedModel(folder, backend, tokenizer, scheduler_config(settings), sampling)
+
+
+def find_model(
+    engine: EngineSettings, name: str | None = None, on_progress: OnProgress | None = None
+) -> Path:
+    """Where the model's files are, after downloading them if need be.
+
+    Args:
+        engine: Says which model, and how the Hub is reached.
+        name: A model instead of the settings' own.
+        on_progress: Told about the download.
+
+    Raises:
+        ModelError: It is nowhere.
+    """
+    from vllm_models import resolve_model
+
+    return resolve_model(
+        name or model_source(engine),
+        revision=engine.revision,
+        download_dir=Path(engine.download_dir) if engine.download_dir else None,
+        offline=engine.offline,
+        token=hub_token(engine),
+        on_progress=on_progress,
+    )
 
 
 def start_loading(settings: Settings, on_progress: OnProgress) -> Future[LoadedModel]:

@@ -70,6 +70,11 @@ def kv_group(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVGrou
     )
 
 
+def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """KV that a position takes in all layers together."""
+    return kv_group(config, 1, dtype).bytes_per_block
+
+
 def allocate_kv(
     group: KVGroup, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -37,6 +37,7 @@ COMMANDS = {
     "chat": Command("chat", "Talk to a model in the terminal."),
     "completion": Command("completion", "Answer prompts, several at a time, and show the speed."),
     "generate": Command("generate", "Continue one prompt and print the text."),
+    "info": Command("info", "Describe a model and what fits, without loading it."),
     "bench": Command("bench", "Measure a server, or the engine alone."),
 }
 _OLD_SWITCHES = {
