@@ -25,6 +25,12 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Any:
     return pretend
 
 
+@pytest.fixture(autouse=True)
+def plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large as in the checkpoint; kernels pad theirs."""
+    monkeypatch.setenv("VLLM_LITE_NATIVE", "off")
+
+
 def test_the_pool_never_holds_more_than_every_sequence_at_full_length(small: Any) -> None:
     backend = small.load(num_blocks=None, max_sequences=3, max_model_len=50)
     assert backend.info.num_blocks == 3 * 13

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_models.native.dense import PackedDense
+from vllm_models.native.library import library_for
 from vllm_models.weights.saved import PLAIN_KINDS
 
 
@@ -59,7 +61,9 @@ class LinearMethod(ABC):
 
 
 class Dense(LinearMethod):
-    """The weight as it is, [out_features, in_features]."""
+    """The weight as it is, [out_features, in_features]; on a CPU in the order of its kernels."""
+
+    packed: PackedDense | None = None
 
     def create(self, layer: Linear) -> None:
         """Add `weight`."""
@@ -72,16 +76,29 @@ class Dense(LinearMethod):
         shape = (width, layer.in_features)
         return {"weight": Place(shape, PLAIN_KINDS, lambda t: layer.weight[rows].copy_(t))}
 
+    def pack(self, layer: Linear) -> None:
+        """Reorder for the CPU's kernels, if there are any."""
+        library = library_for(layer.weight)
+        if library is not None:
+            self.packed = PackedDense(library, layer.weight)
+            layer.weight = nn.Parameter(self.packed.data, requires_grad=False)
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(layer.bias.float(), requires_grad=False)
+
     def apply(self, layer: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply by the transposed weight."""
+        if self.packed is not None:
+            return self.packed.matmul(x, bias)
         return F.linear(x, layer.weight, bias)
 
     def dequantize(self, layer: Linear) -> Tensor:
         """In float32."""
-        return layer.weight.float()
+        return layer.weight.float() if self.packed is None else self.packed.dequantize()
 
     def gather(self, layer: Linear, rows: Tensor) -> Tensor:
         """Plain lookup."""
+        if self.packed is not None:
+            return self.packed.gather(rows)
         return F.embedding(rows, layer.weight)
 
 

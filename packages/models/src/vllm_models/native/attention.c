@@ -1,0 +1,134 @@
+/* Attention of a ragged batch over paged KV, and the writing of KV in the layout it reads; the layout
+   and the order of sums are told in attention.h. */
+#include <stdlib.h>
+
+#include "simd.h"
+#include "simd_math.h"
+
+#define ROWS 16     /* rows computed together */
+#define CHUNK 256   /* positions */
+#define MAX_DIM 576 /* of a key or value head */
+#define ENOUGH 4    /* tasks per thread, below which contexts are split */
+
+/* What is the same for a whole call. */
+struct attention {
+    void *out;               /* [T, H, value_dim] */
+    const void *q;           /* [T, q_stride] units of 32 bits, heads of key_dim one after the other */
+    const void *keys, *values;
+    const int64_t *tables;   /* [rows, table_width] */
+    const float *sinks;      /* [H], or none */
+    int64_t q_stride, table_width, num_heads, num_kv_heads, group, key_dim, value_dim, block_size;
+    int64_t window;          /* positions, 0 is all */
+    int64_t num_threads;
+    float scale, soft_cap;   /* no cap if 0 */
+};
+
+/* Rows of one sequence that share a KV head. */
+struct task {
+    const int64_t *table;
+    int64_t place, position; /* of the sequence's first query: in T, and in its context */
+    int64_t kv_head, row;    /* row = query * group + head within the group */
+    int64_t begin, end;      /* positions that any of the rows sees */
+    int64_t first_item, memory;
+    int rows;
+};
+
+struct plan {
+    struct task *tasks;
+    int64_t *items; /* the task of each chunk, if contexts are split */
+    float *memory;
+    int64_t num_tasks, num_items;
+    int is_split;
+};
+
+/* What a chunk says of its rows: largest score, sum of weights, weighted values. */
+struct partial {
+    float *top, *sum, *value;
+};
+
+INLINE struct partial partial_in(float *memory, int rows) {
+    struct partial part = {memory, memory + rows, memory + 2 * rows};
+    return part;
+}
+
+static void clear(struct partial *whole, int rows, int64_t width) {
+    for (int r = 0; r < rows; r++) {
+        whole->top[r] = -INFINITY, whole->sum[r] = 0.0f;
+        memset(whole->value + r * width, 0, (size_t)width * sizeof(float));
+    }
+}
+
+/* whole = whole and next, in this order. */
+static void merge(struct partial *whole, const struct partial *next, int rows, int64_t width) {
+    for (int r = 0; r < rows; r++) {
+        if (next->sum[r] == 0.0f) continue;
+        float top = next->top[r] > whole->top[r] ? next->top[r] : whole->top[r];
+        float old = whole->sum[r] == 0.0f ? 0.0f : float_exp(whole->top[r] - top);
+        float fresh = float_exp(next->top[r] - top);
+        float *value = whole->value + r * width;
+        const float *more = next->value + r * width;
+        whole->top[r] = top;
+        whole->sum[r] = whole->sum[r] * old + next->sum[r] * fresh;
+        for (int64_t d = 0; d < width; d += WIDTH) {
+            vfloat kept = vf_mul(vf_load(value + d), vf_set(old));
+            vf_store(value + d, vf_fma(vf_load(more + d), vf_set(fresh), kept));
+        }
+    }
+}
+
+/* Tasks of a batch, sequence by sequence; a span is row of the tables, number of queries, context. */
+static int make_plan(const struct attention *a, const int64_t *spans, int64_t num_spans,
+                     struct plan *plan) {
+    int64_t num_tasks = 0, num_items = 0, memory = 0, place = 0;
+    for (int64_t s = 0; s < num_spans; s++)
+        num_tasks += a->num_kv_heads * ((spans[3 * s + 1] * a->group + ROWS - 1) / ROWS);
+    struct task *tasks = malloc((size_t)(num_tasks ? num_tasks : 1) * sizeof *tasks), *t = tasks;
+    if (!tasks) return 0;
+    for (int64_t s = 0; s < num_spans; s++) {
+        int64_t queries = spans[3 * s + 1], context = spans[3 * s + 2], rows = queries * a->group;
+        for (int64_t kv_head = 0; kv_head < a->num_kv_heads; kv_head++)
+            for (int64_t row = 0; row < rows; row += ROWS, t++) {
+                int64_t last = row + ROWS < rows ? row + ROWS : rows;
+                t->table = a->tables + spans[3 * s] * a->table_width;
+                t->place = place, t->position = context - queries;
+                t->kv_head = kv_head, t->row = row, t->rows = (int)(last - row);
+                int64_t first = t->position + row / a->group + 1;
+                t->begin = a->window && first > a->window ? first - a->window : 0;
+                t->end = t->position + (last - 1) / a->group + 1;
+                int64_t chunks = (t->end + CHUNK - 1) / CHUNK - t->begin / CHUNK;
+                t->first_item = num_items, t->memory = memory;
+                num_items += chunks;
+                memory += chunks * t->rows * (a->value_dim + 2);
+            }
+        place += queries;
+    }
+    plan->tasks = tasks, plan->num_tasks = num_tasks, plan->num_items = num_items;
+    plan->is_split = num_tasks < ENOUGH * a->num_threads && num_items > num_tasks;
+    if (!plan->is_split) return 1;
+    size_t head = (size_t)num_tasks * sizeof *tasks;
+    size_t list = (size_t)num_items * sizeof(int64_t);
+    tasks = realloc(plan->tasks, head + list + (size_t)memory * sizeof(float));
+    if (!tasks) return free(plan->tasks), 0;
+    plan->tasks = tasks;
+    plan->items = (int64_t *)((char *)tasks + head);
+    plan->memory = (float *)((char *)tasks + head + list);
+    for (int64_t i = 0; i < num_tasks; i++) {
+        int64_t next = i + 1 < num_tasks ? tasks[i + 1].first_item : num_items;
+        for (int64_t k = tasks[i].first_item; k < next; k++) plan->items[k] = i;
+    }
+    return 1;
+}
+
+#define SUFFIX bf16
+#define PER 2
+#define DOT vf_dot_bf16
+#define element uint16_t
+#define FROM_FLOAT float_to_bf16
+#include "attention.h"
+
+#define SUFFIX f32
+#define PER 1
+#define DOT vf_dot_f32
+#define element float
+#define FROM_FLOAT(x) (x)
+#include "attention.h"

@@ -1,0 +1,138 @@
+"""Paged attention and KV writes in C; the layout of the KV is told in attention.h.
+
+The pool's tensors keep their usual shape [B, P, K, D]; within a block the elements stand in the
+order that the kernels want.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_models.native.library import Library
+from vllm_models.native.packed import address
+
+LANES = 16  # tokens side by side; a block holds a multiple of it
+MAX_DIM = 576
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("out", "q", "keys", "values", "tables", "sinks")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("q_stride", "table_width", "num_heads", "num_kv_heads", "group")
+        ),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("key_dim", "value_dim", "block_size", "window", "num_threads")
+        ),
+        ("scale", ctypes.c_float),
+        ("soft_cap", ctypes.c_float),
+    )
+
+
+class _KVWrite(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "k", "v", "slots")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_tokens", "num_kv_heads", "key_dim", "value_dim", "block_size")
+        ),
+        ("k_stride", ctypes.c_int64),
+        ("v_stride", ctypes.c_int64),
+    )
+
+
+class Spans(NamedTuple):
+    """Who attends to what in a step.
+
+    Attributes:
+        spans: [S, 3] int64: row of the tables, queries, context length; in the order of queries.
+        tables: [rows, N] int64 blocks.
+        window: Positions a query looks back, its own included; 0 is all.
+    """
+
+    spans: Tensor
+    tables: Tensor
+    window: int
+
+
+def fits(block_size: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels can serve KV of this shape."""
+    return (
+        dtype in (torch.bfloat16, torch.float32)
+        and block_size % LANES == 0
+        and key_dim % 2 == 0
+        and value_dim % LANES == 0
+        and max(key_dim, value_dim) <= MAX_DIM
+    )
+
+
+def attend(
+    library: Library,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    spans: Spans,
+    scale: float,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """[T, H, D] -> [T, H, W].
+
+    Args:
+        library: The kernels.
+        q: [T, H, D]; a token's heads are neighbours, tokens may be apart.
+        keys: [B, P, K, D] in the kernels' order.
+        values: [B, P, K, W] in the kernels' order.
+        spans: Queries, tables and window.
+        scale: Of the scores.
+        soft_cap: Scores s become cap * tanh(s / cap); 0 leaves them.
+        sinks: [H] float32: a score of nothing, beside those of the keys.
+
+    Raises:
+        MemoryError: None is left for the partial sums.
+    """
+    (num_tokens, num_heads, key_dim), dtype = q.shape, q.dtype
+    block_size, num_kv_heads, value_dim = values.shape[1:]
+    out = torch.empty((num_tokens, num_heads, value_dim), dtype=dtype)
+    per_unit = 4 // q.element_size()
+    call = _Attention(
+        *(out.data_ptr(), q.data_ptr(), keys.data_ptr(), values.data_ptr()),
+        *(spans.tables.data_ptr(), None if sinks is None else sinks.data_ptr()),
+        *(q.stride(0) // per_unit, spans.tables.stride(0)),
+        *(num_heads, num_kv_heads, num_heads // num_kv_heads),
+        *(key_dim, value_dim, block_size, spans.window, torch.get_num_threads()),
+        *(scale, soft_cap),
+    )
+    run = library.attention_bf16 if dtype == torch.bfloat16 else library.attention_f32
+    if not run(address(call), spans.spans.data_ptr(), len(spans.spans)):
+        raise MemoryError("no memory for the partial sums of attention")
+    return out
+
+
+def write_kv(
+    library: Library, k: Tensor, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor
+) -> None:
+    """Put the keys and values of a step into their blocks.
+
+    Args:
+        library: The kernels.
+        k: [T, K, D]; a token's heads are neighbours.
+        v: [T, K, W], or None where values are read from the keys.
+        keys: [B, P, K, D] in the kernels' order.
+        values: [B, P, K, W] in the kernels' order.
+        slots: [T] int64: block * P + offset.
+    """
+    num_tokens, num_kv_heads, key_dim = k.shape
+    call = _KVWrite(
+        *(keys.data_ptr(), values.data_ptr(), k.data_ptr(), None if v is None else v.data_ptr()),
+        *(slots.data_ptr(), num_tokens, num_kv_heads, key_dim, values.shape[3], keys.shape[1]),
+        *(k.stride(0), 0 if v is None else v.stride(0)),
+    )
+    write = library.kv_write_bf16 if k.dtype == torch.bfloat16 else library.kv_write_f32
+    write(address(call))

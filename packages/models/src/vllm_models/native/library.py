@@ -1,0 +1,111 @@
+"""The built library as Python functions, and which one this process uses.
+
+Libraries share torch's OpenMP threads, because torch is loaded first and brings the runtime. A
+second Python thread that starts parallel work would get threads of its own, so only the engine's
+thread may call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+
+import torch  # brings the OpenMP runtime that libraries ask for
+from torch import Tensor
+
+from vllm_models.native.build import BuildError, build
+from vllm_models.native.processor import InstructionSet, runnable
+
+_LOG = logging.getLogger(__name__)
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+_MATRIX = (_POINTER, _INT, _INT)  # data, numbers from row to row, type
+
+_FUNCTIONS: dict[str, tuple[tuple[type, ...], type | None]] = {
+    "dense_linear": ((_POINTER, *_MATRIX, _POINTER, *_MATRIX, _INT), ctypes.c_int),
+    "dense_pack": ((_POINTER, _POINTER), None),
+    "blocks_linear": ((_POINTER, _INT, *_MATRIX, _POINTER, *_MATRIX, _INT), ctypes.c_int),
+    "blocks_bytes": ((_POINTER,), _INT),
+    "blocks_pack": ((_POINTER, _POINTER), None),
+    "grouped_pack": ((_POINTER, _POINTER, _POINTER, _POINTER), None),
+    "blocks_gather": ((_POINTER, _POINTER, _INT, _POINTER), None),
+    "attention_bf16": ((_POINTER, _POINTER, _INT), ctypes.c_int),
+    "attention_f32": ((_POINTER, _POINTER, _INT), ctypes.c_int),
+    "kv_write_bf16": ((_POINTER,), None),
+    "kv_write_f32": ((_POINTER,), None),
+    "read_memory": ((_POINTER, _INT), ctypes.c_float),
+    "copy_memory": ((_POINTER, _POINTER, _INT), None),
+}
+
+
+class Library:
+    """The C functions of one instruction-set class; the sources say what they take."""
+
+    def __init__(self, kind: InstructionSet) -> None:
+        self.kind = kind
+        loaded = ctypes.CDLL(str(build(kind)))
+        for name, (arguments, result) in _FUNCTIONS.items():
+            function = getattr(loaded, name)
+            function.argtypes, function.restype = arguments, result
+        self.dense_linear = loaded.dense_linear
+        self.dense_pack = loaded.dense_pack
+        self.blocks_linear = loaded.blocks_linear
+        self.blocks_bytes = loaded.blocks_bytes
+        self.blocks_pack = loaded.blocks_pack
+        self.grouped_pack = loaded.grouped_pack
+        self.blocks_gather = loaded.blocks_gather
+        self.attention_bf16 = loaded.attention_bf16
+        self.attention_f32 = loaded.attention_f32
+        self.kv_write_bf16 = loaded.kv_write_bf16
+        self.kv_write_f32 = loaded.kv_write_f32
+        self.read_memory = loaded.read_memory
+        self.copy_memory = loaded.copy_memory
+
+
+@functools.cache
+def load(kind: InstructionSet) -> Library:
+    """The library of one class, built if it is not yet.
+
+    Raises:
+        BuildError: It cannot be built or loaded.
+    """
+    try:
+        return Library(kind)
+    except OSError as error:
+        raise BuildError(f"the library does not load: {error}") from error
+
+
+def library() -> Library | None:
+    """The library this process uses: VLLM_LITE_NATIVE, or the best class; None without one.
+
+    Raises:
+        BuildError: VLLM_LITE_NATIVE names a class that is unknown or does not run here.
+    """
+    return _choose(os.environ.get("VLLM_LITE_NATIVE", "auto"))
+
+
+def library_for(weight: Tensor) -> Library | None:
+    """The library this process uses, if it can serve a weight of this device and type."""
+    served = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
+    return library() if served else None
+
+
+@functools.cache
+def _choose(name: str) -> Library | None:
+    """Say once what is lost without a library."""
+    if name == "off":
+        return None
+    kinds = runnable()
+    if name != "auto" and name not in kinds:
+        can = ", ".join(("off", *kinds))
+        raise BuildError(f"VLLM_LITE_NATIVE is {name!r}, but this machine can: {can}.")
+    try:
+        return load(kinds[0] if name == "auto" else InstructionSet(name))
+    except BuildError as error:
+        _LOG.warning(
+            "No native kernels: %s. torch computes instead: slower, most of all with "
+            "quantized weights, and results may depend on the batch.",
+            error,
+        )
+        return None
