@@ -24,6 +24,7 @@ from vllm_models.config import ModelConfig
 from vllm_models.device import pick_device, pick_dtype, set_threads
 from vllm_models.options import BackendOptions, LoadProgress, OnProgress, ignore_progress
 from vllm_models.pooling_config import default_pooling
+from vllm_models.quantization.scheme import scheme_for
 from vllm_models.registry import find_architecture
 from vllm_models.runner.memory import MemoryReport, allocate_kv, kv_group, plan_memory
 from vllm_models.runner.rows import Rows
@@ -112,7 +113,8 @@ def load_backend(options: BackendOptions, on_progress: OnProgress | None = None)
     architecture = find_architecture(config.architecture)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, config, device)
-    model = load_model(architecture, config, checkpoint, None, (dtype, device), report)
+    scheme = scheme_for(checkpoint.fields)
+    model = load_model(architecture, config, checkpoint, scheme, (dtype, device), report)
     set_threads(options.threads, device, num_bytes(model))
     memory = plan_memory(options, config, dtype, device, num_bytes(model))
     backend = _assemble(options, checkpoint, config, model, memory)

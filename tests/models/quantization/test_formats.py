@@ -1,0 +1,459 @@
+"""Weights packed by each format's published layout against the numbers that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from vllm_models.components.linear import Linear
+from vllm_models.json_fields import JsonFields
+from vllm_models.quantization.scheme import scheme_for
+from vllm_models.quantization.separate import Separate
+from vllm_models.weights.saved import SavedTensor
+from vllm_traits import ModelError
+
+from tests.models.quantization import packers
+from tests.models.quantization.packers import Packed
+
+KINDS = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+def compressed(form: str, weights: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": dict(weights)} | more
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": group},
+    }
+
+
+def integers(bits: int = 4, group_size: int = 32, symmetric: bool = True) -> dict[str, Any]:
+    strategy = {"strategy": "channel"} if group_size == -1 else {"strategy": "group"}
+    size = {} if group_size == -1 else {"group_size": group_size}
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric} | strategy | size
+    return compressed("pack-quantized", weights)
+
+
+def floats(strategy: str, **more: Any) -> dict[str, Any]:
+    weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True} | more
+    return compressed("float-quantized", weights)
+
+
+def weight(rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+
+
+def saved_tensors(tensors: Mapping[str, Tensor]) -> dict[str, SavedTensor]:
+    return {
+        name: SavedTensor(
+            name,
+            tuple(tensor.shape),
+            KINDS[tensor.dtype],
+            "model.safetensors",
+            tensor.nbytes,
+            lambda tensor=tensor: tensor,
+            lambda: None,
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+def fields(config: Mapping[str, Any]) -> JsonFields:
+    return JsonFields({"quantization_config": config}, "config.json")
+
+
+def load(config: Mapping[str, Any], parts: Mapping[str, Packed], bias: bool = False) -> Linear:
+    """A layer of several parts, filled as a loader does."""
+    columns = next(iter(parts.values())).weight.shape[1]
+    layer = Linear(columns, {name: len(part.weight) for name, part in parts.items()}, bias)
+    tensors = {
+        f"mlp.{name}.{suffix}": tensor
+        for name, part in parts.items()
+        for suffix, tensor in part.tensors.items()
+    }
+    if layer.bias is not None:
+        layer.bias.data.copy_(torch.randn(len(layer.bias)))
+    saved = saved_tensors(tensors)
+    scheme = scheme_for(fields(config))
+    assert scheme is not None
+    method = scheme.method([f"mlp.{name}" for name in parts], layer, saved)
+    assert method is not None
+    layer.use(method)
+    places = dict(layer.places("mlp.x"))
+    for name, tensor in saved.items():
+        place = places.pop(name)
+        assert tensor.shape == place.shape, name
+        assert tensor.kind in place.kinds, name
+        place.take(tensor.read())
+    left = [name for name, place in places.items() if not place.optional and "bias" not in name]
+    assert not left
+    layer.method.pack(layer)
+    return layer
+
+
+Case = tuple[dict[str, Any], Callable[[np.ndarray], Packed], tuple[int, int]]
+CASES: dict[str, Case] = {
+    "gptq": (GPTQ, packers.gptq, (24, 64)),
+    "gptq row": (GPTQ | {"group_size": -1}, lambda w: packers.gptq(w, group_size=-1), (8, 40)),
+    "gptq v2": (
+        GPTQ | {"checkpoint_format": "gptq_v2"},
+        lambda w: packers.gptq(w, version=2),
+        (16, 64),
+    ),
+    "gptq 8 bit": (GPTQ | {"bits": 8}, lambda w: packers.gptq(w, bits=8), (12, 64)),
+    "gptq symmetric": (GPTQ | {"sym": True}, lambda w: packers.gptq(w, symmetric=True), (8, 64)),
+    "gptq desc_act": (
+        GPTQ | {"desc_act": True},
+        lambda w: packers.gptq(w, order_seed=1),
+        (16, 96),
+    ),
+    "gptq 8 bit desc_act": (
+        GPTQ | {"desc_act": True, "bits": 8, "group_size": 16},
+        lambda w: packers.gptq(w, bits=8, group_size=16, order_seed=1),
+        (8, 64),
+    ),
+    "marlin": (
+        GPTQ | {"checkpoint_format": "marlin", "group_size": 128},
+        packers.marlin,
+        (128, 256),
+    ),
+    "marlin row": (
+        GPTQ | {"is_marlin_format": True, "group_size": -1},
+        lambda w: packers.marlin(w, -1),
+        (64, 128),
+    ),
+    "awq": (AWQ, packers.awq, (24, 64)),
+    "awq 64": (AWQ | {"group_size": 64}, lambda w: packers.awq(w, 64), (8, 128)),
+    "ints": (integers(), packers.compressed_integers, (9, 64)),
+    "ints row": (
+        integers(group_size=-1),
+        lambda w: packers.compressed_integers(w, group_size=-1),
+        (6, 40),
+    ),
+    "ints 8": (integers(8), lambda w: packers.compressed_integers(w, 8), (5, 64)),
+    "ints zeros": (
+        integers(symmetric=False),
+        lambda w: packers.compressed_integers(w, symmetric=False),
+        (13, 64),
+    ),
+    "ints 8 zeros": (
+        integers(8, symmetric=False),
+        lambda w: packers.compressed_integers(w, 8, symmetric=False),
+        (7, 64),
+    ),
+    "ints ordered": (
+        integers(symmetric=False),
+        lambda w: packers.compressed_integers(w, order_seed=3, symmetric=False),
+        (8, 96),
+    ),
+    "fp8": (FP8, packers.fp8, (10, 33)),
+    "fp8 row": (FP8, lambda w: packers.fp8(w, "row"), (10, 33)),
+    "fp8 blocks": (
+        FP8 | {"weight_block_size": [128, 128]},
+        lambda w: packers.fp8(w, "128x128", "weight_scale_inv"),
+        (200, 300),
+    ),
+    "fp8 odd blocks": (
+        FP8 | {"weight_block_size": [8, 16]},
+        lambda w: packers.fp8(w, "8x16", "weight_scale_inv"),
+        (20, 40),
+    ),
+    "fp8 one huge block": (
+        FP8 | {"weight_block_size": [1 << 50, 1 << 50]},
+        lambda w: packers.fp8(w, f"{1 << 50}x{1 << 50}", "weight_scale_inv"),
+        (20, 40),
+    ),
+    "floats": (floats("tensor"), packers.fp8, (10, 33)),
+    "floats row": (floats("channel"), lambda w: packers.fp8(w, "row"), (10, 33)),
+    "floats blocks": (
+        floats("block", block_structure=[16, 32]),
+        lambda w: packers.fp8(w, "16x32"),
+        (40, 70),
+    ),
+    "nf4": (NF4, packers.bitsandbytes, (6, 128)),
+    "nf4 nested": (NF4, lambda w: packers.bitsandbytes(w, nested=True), (270, 64)),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+def test_the_packed_weight_is_the_one_that_was_meant(case: Case) -> None:
+    config, pack, shape = case
+    packed = pack(weight(*shape))
+    layer = load(config, {"only": packed})
+    assert torch.equal(layer.method.dequantize(layer), torch.from_numpy(packed.weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_that_of_the_dequantized_weight(case: Case, dtype: torch.dtype) -> None:
+    config, pack, shape = case
+    packed = pack(weight(*shape))
+    layer = load(config, {"only": packed}, bias=True)
+    x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(3)).to(dtype)
+    assert layer.bias is not None
+    expected = x.double() @ torch.from_numpy(packed.weight).double().T + layer.bias.double()
+    out = layer.method.apply(layer, x, layer.bias.to(dtype))
+    assert out.dtype == dtype
+    error = (out.double() - expected).abs().max() / expected.abs().max()
+    assert error < (1e-6 if dtype is torch.float32 else 1e-2)
+
+
+def test_parts_are_stacked_in_one_layer(case: Case) -> None:
+    config, pack, (rows, columns) = case
+    parts = {name: pack(weight(rows, columns, seed)) for seed, name in enumerate("qkv")}
+    layer = load(config, parts)
+    stacked = np.concatenate([part.weight for part in parts.values()])
+    assert torch.equal(layer.method.dequantize(layer), torch.from_numpy(stacked))
+    x = torch.randn(2, columns)
+    expected = x @ torch.from_numpy(stacked).T
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_integers_are_held_in_their_bits(case: Case) -> None:
+    """No float copy stays beside the codes."""
+    config, pack, shape = case
+    layer = load(config, {"only": pack(weight(*shape))})
+    codes = dict(layer.named_parameters())["codes"]
+    assert codes.nbytes <= shape[0] * shape[1]
+    others = sum(
+        p.nbytes for name, p in layer.named_parameters() if name not in ("codes", "orders")
+    )
+    assert others <= codes.nbytes
+
+
+def test_parts_may_sort_their_columns_differently() -> None:
+    parts = {
+        name: packers.gptq(weight(rows, 64, rows), order_seed=seed)
+        for name, rows, seed in (("q", 16, 1), ("k", 8, 2), ("v", 24, None))
+    }
+    layer = load(GPTQ | {"desc_act": True}, parts)
+    stacked = torch.from_numpy(np.concatenate([part.weight for part in parts.values()]))
+    assert torch.equal(layer.method.dequantize(layer), stacked)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(layer(x), x @ stacked.T, rtol=1e-4, atol=1e-3)
+
+
+def test_an_order_that_changes_nothing_is_dropped() -> None:
+    layer = load(GPTQ | {"desc_act": True}, {"only": packers.gptq(weight(8, 64))})
+    assert {name for name, _ in layer.named_parameters()} == {"codes", "scales", "zeros"}
+
+
+def test_a_zero_point_of_0_borrows_from_its_neighbour_in_version_1() -> None:
+    positive = np.abs(weight(16, 64)) + 1
+    packed = packers.gptq(positive)
+    assert not bool(packers.gptq(positive, version=2).tensors["qzeros"].any())
+    layer = load(GPTQ, {"only": packed})
+    assert torch.equal(layer.method.dequantize(layer), torch.from_numpy(packed.weight))
+
+
+def test_packed_and_plain_parts_share_a_layer() -> None:
+    plain = weight(8, 64, 5)
+    parts = {
+        "q": packers.gptq(weight(16, 64)),
+        "k": Packed({"weight": torch.from_numpy(plain)}, plain),
+    }
+    layer = load(GPTQ, parts, bias=True)
+    assert isinstance(layer.method, Separate)
+    stacked = torch.from_numpy(np.concatenate([part.weight for part in parts.values()]))
+    assert torch.equal(layer.method.dequantize(layer), stacked)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(layer(x), x @ stacked.T + layer.bias, rtol=1e-4, atol=1e-3)
+
+
+def test_groups_of_a_configuration_may_hold_one_layer_together() -> None:
+    config = integers()
+    more = integers(8, 16)["config_groups"]["group_0"] | {"targets": ["re:.*k$"]}
+    last = floats("channel")["config_groups"]["group_0"] | {"format": "float-quantized"}
+    last["targets"] = ["mlp.v"]
+    config["config_groups"] |= {"more": more, "last": last}
+    parts = {
+        "q": packers.compressed_integers(weight(8, 64)),
+        "k": packers.compressed_integers(weight(8, 64), 8, 16),
+        "v": packers.fp8(weight(6, 64), "row"),
+    }
+    layer = load(config, parts)
+    stacked = np.concatenate([part.weight for part in parts.values()])
+    assert torch.equal(layer.method.dequantize(layer), torch.from_numpy(stacked))
+
+
+def test_single_layers_may_have_settings_of_their_own() -> None:
+    dynamic = {r"+:.*\.k$": {"bits": 8, "group_size": 16}, r"-:.*\.head": {}}
+    parts = {"q": packers.gptq(weight(8, 64)), "k": packers.gptq(weight(8, 64), 8, 16)}
+    layer = load(GPTQ | {"dynamic": dynamic}, parts)
+    stacked = np.concatenate([part.weight for part in parts.values()])
+    assert torch.equal(layer.method.dequantize(layer), torch.from_numpy(stacked))
+
+
+def test_zero_points_may_be_bytes() -> None:
+    packed = packers.compressed_integers(weight(8, 64), symmetric=False)
+    stored = packed.tensors["weight_zero_point"]
+    zeros = torch.stack([(stored[o // 8] >> (4 * (o % 8))) & 15 for o in range(8)])
+    packed.tensors["weight_zero_point"] = (zeros - 8).to(torch.int8)
+    layer = load(integers(symmetric=False), {"only": packed})
+    assert torch.equal(layer.method.dequantize(layer), torch.from_numpy(packed.weight))
+
+
+def test_scales_of_activations_are_read_and_left_unused() -> None:
+    packed = packers.fp8(weight(8, 16))
+    packed.tensors["input_scale"] = torch.tensor(0.5)
+    layer = load(FP8 | {"activation_scheme": "static"}, {"only": packed})
+    assert {name for name, _ in layer.named_parameters()} == {"codes", "scales"}
+    packed.tensors["input_scale"] = torch.tensor(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        load(FP8 | {"activation_scheme": "static"}, {"only": packed})
+
+
+def test_exponents_can_be_scales() -> None:
+    exact = packers.fp8(weight(4, 8), "4x8", "weight_scale_inv")
+    codes = exact.tensors["weight"]
+    exact.tensors["weight_scale_inv"] = torch.tensor([[124]], dtype=torch.uint8)
+    saved = saved_tensors({f"mlp.x.{name}": tensor for name, tensor in exact.tensors.items()})
+    saved["mlp.x.weight_scale_inv"] = saved["mlp.x.weight_scale_inv"]._replace(kind="F8_E8M0")
+    layer = Linear(8, {"x": 4})
+    scheme = scheme_for(fields(FP8 | {"weight_block_size": [4, 8]}))
+    assert scheme is not None
+    method = scheme.method(["mlp.x"], layer, saved)
+    assert method is not None
+    layer.use(method)
+    for name, place in layer.places("mlp.x"):
+        if name in saved:
+            assert saved[name].kind in place.kinds
+            place.take(saved[name].read())
+    assert torch.equal(layer.method.dequantize(layer), codes.float() / 8)
+
+
+def test_a_layer_without_packed_tensors_is_as_it_is() -> None:
+    layer = Linear(64, {"x": 8})
+    saved = saved_tensors({"mlp.x.weight": torch.zeros(8, 64)})
+    for config in (GPTQ, AWQ, FP8, NF4, integers(), floats("tensor")):
+        scheme = scheme_for(fields(config))
+        assert scheme is not None
+        assert scheme.method(["mlp.x"], layer, saved) is None
+    assert scheme_for(JsonFields({}, "config.json")) is None
+
+
+def test_a_bias_of_zeros_that_packers_add_is_accepted_and_others_are_not() -> None:
+    packed = packers.gptq(weight(8, 64))
+    packed.tensors["bias"] = torch.zeros(8)
+    load(GPTQ, {"only": packed})
+    packed.tensors["bias"] = torch.ones(8)
+    with pytest.raises(ValueError, match="bias"):
+        load(GPTQ, {"only": packed})
+
+
+def damaged(name: str, value: float) -> Callable[[Packed], None]:
+    return lambda packed: packed.tensors[name].view(-1)[3:4].fill_(value)
+
+
+@pytest.mark.parametrize(
+    ("config", "pack", "damage", "message"),
+    [
+        (GPTQ, packers.gptq, damaged("scales", float("nan")), "not finite"),
+        (AWQ, packers.awq, damaged("scales", float("inf")), "not finite"),
+        (integers(), packers.compressed_integers, damaged("weight_scale", np.nan), "not finite"),
+        (
+            floats("channel"),
+            lambda w: packers.fp8(w, "row"),
+            damaged("weight_scale", np.nan),
+            "fin",
+        ),
+        (FP8, packers.fp8, damaged("weight", float("nan")), "not numbers"),
+        (NF4, packers.bitsandbytes, damaged("weight.absmax", np.nan), "not finite"),
+        (GPTQ, packers.gptq, damaged("g_idx", 1), "sort the columns"),
+        (GPTQ, packers.gptq, damaged("g_idx", -5), "sort the columns"),
+        (GPTQ, packers.gptq, damaged("g_idx", 2**31 - 1), "sort the columns"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(
+    config: Any, pack: Any, damage: Callable[[Packed], None], message: str
+) -> None:
+    packed = pack(weight(16, 64))
+    damage(packed)
+    with pytest.raises(ValueError, match=message):
+        load(config, {"only": packed})
+
+
+def test_a_shape_that_contradicts_the_layer_is_refused() -> None:
+    packed = packers.compressed_integers(weight(8, 64))
+    packed.tensors["weight_shape"][0] = 9
+    with pytest.raises(ValueError, match=r"says \[9, 64\]"):
+        load(integers(), {"only": packed})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "quip"}, "'quip' is not supported. Supported: awq, bitsandbytes"),
+        ({}, "quant_method '' is not supported"),
+        (GPTQ | {"bits": 3}, r"bits 3 is not supported \(supported: 4, 8\)"),
+        (GPTQ | {"bits": 2}, "bits 2 is not supported"),
+        (GPTQ | {"bits": 8, "checkpoint_format": "marlin"}, "bits 8 is not supported"),
+        (GPTQ | {"checkpoint_format": "bitblas"}, "checkpoint_format 'bitblas'"),
+        (GPTQ | {"group_size": 0}, "'group_size' is 0"),
+        (GPTQ | {"dynamic": {"+:(": {}}}, "is no pattern"),
+        (GPTQ | {"pack_dtype": "int16"}, "pack_dtype 'int16'"),
+        (AWQ | {"bits": 8}, "bits 8"),
+        (AWQ | {"version": "gemv"}, "version 'gemv'"),
+        (AWQ | {"zero_point": False}, "zero_point False"),
+        (AWQ | {"group_size": 48}, "group_size 48"),
+        (FP8 | {"fmt": "e5m2"}, "fmt 'e5m2'"),
+        (FP8 | {"activation_scheme": "odd"}, "activation_scheme 'odd'"),
+        (FP8 | {"weight_block_size": [128]}, "must be two sizes"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8 is not supported"),
+        (compressed("int-quantized", {"num_bits": 8, "type": "int"}), "format 'int-quantized'"),
+        (integers(3), "num_bits 3"),
+        (integers() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
+        (integers() | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        (
+            compressed("pack-quantized", integers(), input_activations={"num_bits": 8}),
+            "not supported",
+        ),
+        (floats("group"), "strategy 'group'"),
+        (floats("block"), "lacks the field 'block_structure'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name(config: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        scheme_for(fields(config))
+
+
+@pytest.mark.parametrize(
+    ("config", "pack", "message"),
+    [
+        (GPTQ | {"group_size": 48}, packers.gptq, "in_features 64 is not a multiple of 48"),
+        (AWQ | {"group_size": 128}, packers.awq, "in_features 64 is not a multiple of 128"),
+        (integers(group_size=100), packers.compressed_integers, "not a multiple of 100"),
+        (
+            NF4,
+            lambda w: packers.bitsandbytes(w.reshape(32, 32), group_size=64),
+            "'shape' is .32, 32., but the layer is .16, 64.",
+        ),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_with_the_layer(
+    config: Any, pack: Any, message: str
+) -> None:
+    packed = Packed(pack(weight(16, 64)).tensors, weight(16, 64))
+    with pytest.raises(ModelError, match=message):
+        load(config, {"only": packed})
