@@ -259,6 +259,14 @@ def test_an_order_that_changes_nothing_is_dropped() -> None:
     assert {name for name, _ in layer.named_parameters()} == {"codes", "scales", "zeros"}
 
 
+@pytest.mark.parametrize("placeholder", [-1, 0])
+def test_groups_that_were_never_set_are_neighbours(placeholder: int) -> None:
+    packed = packers.gptq(weight(8, 64))
+    packed.tensors["g_idx"].fill_(placeholder)
+    layer = load(GPTQ, {"only": packed})
+    assert torch.equal(layer.method.dequantize(layer), torch.from_numpy(packed.weight))
+
+
 def test_a_zero_point_of_0_borrows_from_its_neighbour_in_version_1() -> None:
     positive = np.abs(weight(16, 64)) + 1
     packed = packers.gptq(positive)
@@ -322,6 +330,14 @@ def test_scales_of_activations_are_read_and_left_unused() -> None:
     packed.tensors["input_scale"] = torch.tensor(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         load(FP8 | {"activation_scheme": "static"}, {"only": packed})
+
+
+def test_every_code_of_fp8_is_the_number_it_should_be() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 127) != 127].view(1, -1).view(torch.float8_e4m3fn)
+    packed = Packed({"weight": codes, "weight_scale": torch.tensor(0.75)}, codes.float().numpy())
+    layer = load(FP8, {"only": packed})
+    assert torch.equal(layer.method.dequantize(layer), codes.float() * 0.75)
 
 
 def test_exponents_can_be_scales() -> None:
@@ -457,3 +473,22 @@ def test_sizes_that_do_not_divide_are_refused_with_the_layer(
     packed = Packed(pack(weight(16, 64)).tensors, weight(16, 64))
     with pytest.raises(ModelError, match=message):
         load(config, {"only": packed})
+
+
+@pytest.mark.parametrize(
+    ("suffix", "value", "message"),
+    [
+        ("weight.quant_state.bitsandbytes__nf4", b"{", "is not valid JSON"),
+        ("weight.quant_state.bitsandbytes__nf4", b"[]", "holds list, but must hold an object"),
+        ("weight.quant_state.bitsandbytes__nf4", b"{}", "lacks the field 'shape'"),
+        ("weight.quant_map", b"123", "quant_map must be there, with 16 numbers"),
+    ],
+)
+def test_a_damaged_description_is_refused_with_its_name(
+    suffix: str, value: bytes, message: str
+) -> None:
+    packed = packers.bitsandbytes(weight(4, 64))
+    packed.tensors[suffix] = torch.tensor(list(value), dtype=torch.uint8)
+    with pytest.raises(ModelError, match=message) as refused:
+        load(NF4, {"only": packed})
+    assert "mlp.only.weight.quant_" in str(refused.value)

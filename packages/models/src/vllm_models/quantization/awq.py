@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from vllm_models.components.linear import Linear, LinearMethod, Place
@@ -16,20 +17,34 @@ from vllm_models.json_fields import JsonFields
 from vllm_models.quantization.grouped import (
     SCALE_KINDS,
     Grouped,
-    pack_codes,
     unpack_codes,
     word_bytes,
 )
 from vllm_models.quantization.parts import Format, Part, one_of
 
 _WORDS = frozenset({"I32"})
-_PLACE_OF = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word each of eight neighbours is
 
 
 def unpack_awq(words: Tensor) -> Tensor:
     """int32 [n, O/8] -> codes uint8 [O, n]."""
-    stored = unpack_codes(word_bytes(words), 4).view(len(words), -1, 8)
-    return stored[:, :, _PLACE_OF].flatten(1).T
+    return _by_column(unpack_codes(word_bytes(words), 4))
+
+
+def repack_awq(words: Tensor) -> Tensor:
+    """int32 [K, O/8] -> codes uint8 [O, K/2], two rows becoming one byte before they are moved."""
+    stored = word_bytes(words)  # [K, O/2]
+    even, odd = stored[::2], stored[1::2]
+    low, high = (even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)
+    return _by_column(torch.stack((low, high), -1).flatten(1))
+
+
+def _by_column(stored: Tensor) -> Tensor:
+    """uint8 [n, O] in the order of the words -> [O, n].
+
+    A place in a word, in binary hbn, is of the column bnh.
+    """
+    rows = stored.T.contiguous().view(-1, 2, 2, 2, len(stored))
+    return rows.permute(0, 2, 3, 1, 4).reshape(-1, len(stored))
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class Awq(Grouped):
         num_groups = layer.in_features // self.group_size
 
         def take_codes(words: Tensor) -> None:
-            layer.codes[rows].copy_(pack_codes(unpack_awq(words), 4))
+            layer.codes[rows].copy_(repack_awq(words))
 
         def take_zeros(words: Tensor) -> None:
             layer.zeros[rows].copy_(unpack_awq(words))

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from vllm_traits import ModelError
 
 from vllm_models.components.linear import Linear, LinearMethod, Place
 from vllm_models.json_fields import JsonFields
-from vllm_models.quantization.grouped import Grouped, check_finite, unpack_codes
+from vllm_models.quantization.grouped import Grouped, check_finite
 from vllm_models.quantization.parts import Format, Part, one_of
 from vllm_models.weights.saved import SavedTensor
 
@@ -78,9 +79,10 @@ class TableCodes(Grouped):
 
     def tile(self, layer: Linear, rows: slice) -> Tensor:
         """table[codes] * scales: [n, K] float32."""
-        codes = unpack_codes(layer.codes[rows], 4).int()
-        table = torch.tensor(self.table, device=codes.device)
-        values = table[codes].unflatten(-1, (-1, self.group_size))
+        table = torch.tensor(self.table, device=layer.codes.device)
+        pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), -1)  # of a byte
+        values = F.embedding(layer.codes[rows].int(), pairs)  # [n, K/2, 2]
+        values = values.flatten(1).unflatten(-1, (-1, self.group_size))
         return values.mul_(layer.scales[rows].unsqueeze(-1)).flatten(1)
 
 

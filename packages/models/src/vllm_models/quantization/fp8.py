@@ -89,15 +89,25 @@ class Fp8(Tiled):
 
     def tile(self, layer: Linear, rows: slice) -> Tensor:
         """codes * scales: [n, K] float32."""
-        codes, scales = layer.codes[rows].float(), layer.scales[rows]
+        codes, scales = _numbers(layer.codes[rows]), layer.scales[rows]
         if self.blocks is not None:
             columns = layer.in_features
             scales = scales.repeat_interleave(min(self.blocks[1], columns), 1)[:, :columns]
         return codes.mul_(scales)
 
 
+def _numbers(codes: Tensor) -> Tensor:
+    """e4m3 -> float32, faster than torch does it on a CPU.
+
+    The bits of a code, moved up by 7 behind the sign, are a half float that is 2**8 too small,
+    because its exponent has a bias of 15 and not 7.
+    """
+    halves = (codes.view(torch.int8).short() << 7) & ~(1 << 14)
+    return halves.view(torch.float16).float().mul_(256)
+
+
 def _take_codes(layer: Linear, rows: slice, codes: Tensor) -> None:
-    if bool(((codes.view(torch.uint8) & 0x7F) == 0x7F).any()):
+    if int((codes.view(torch.uint8) & 0x7F).max()) == 0x7F:
         raise ValueError("holds values that are not numbers")
     layer.codes[rows].copy_(codes)
 

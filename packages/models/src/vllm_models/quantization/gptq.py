@@ -54,8 +54,7 @@ class Gptq(Grouped):
         num_groups, per_word = layer.in_features // self.group_size, 32 // self.bits
 
         def take_codes(words: Tensor) -> None:
-            stored = word_bytes(words.unsqueeze(-1))  # [K / per_word, O, 4]
-            layer.codes[rows].copy_(stored.transpose(0, 1).reshape(width, -1))
+            layer.codes[rows].copy_(word_bytes(words.T.contiguous()))
 
         def take_zeros(words: Tensor) -> None:
             words = words + _ONES[self.bits] if self.zeros_less_one else words

@@ -100,7 +100,8 @@ class Grouped(Tiled):
         return Place((layer.in_features,), frozenset({"I32"}), take, optional=not needed)
 
     def _take_groups(self, layer: Linear, index: int, num_groups: int, groups: Tensor) -> None:
-        if bool((groups == -1).all()):
+        is_placeholder = bool((groups == -1).all()) or not bool(groups.any())
+        if is_placeholder:
             groups = torch.arange(layer.in_features, dtype=torch.int32) // self.group_size
         counts = groups.clamp(0, num_groups).long().bincount(minlength=num_groups)
         if bool((groups < 0).any()) or counts.tolist() != [self.group_size] * num_groups:
