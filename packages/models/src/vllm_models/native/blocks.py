@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vllm_models.native.library import Library
-from vllm_models.native.packed import address, bias_address, operands, zeros
+from vllm_models.native.packed import address, multiply, zeros
 
 # By the names that GGUF uses, with its numbers.
 BLOCK_TYPES = {
@@ -57,7 +57,7 @@ class PackedBlocks:
             assert weight.columns == self.columns, "stacked weights have the same columns"
             weight.offset = offset
             offset += weight.outputs
-        self._address = address(self._weights)
+        self._arguments = (address(self._weights), len(parts))
 
     @property
     def nbytes(self) -> int:
@@ -79,21 +79,15 @@ class PackedBlocks:
             dtype: Of the result, float32 or bfloat16; x's unless given.
             out: Where the result goes, [M, outputs]; its rows may be apart.
         """
-        assert x.shape[1] == self.columns, f"x is {tuple(x.shape)}, the weight has {self.columns}"
-        given = operands(x, self.outputs, dtype, out)
-        added = bias_address(bias, self.outputs)
-        if self.library.blocks_linear(
-            self._address, len(self._parts), *given.x, added, *given.out, len(x)
-        ):
-            raise MemoryError("no memory for the activations of a linear layer")
-        return given.result
+        shape = (self.outputs, self.columns)
+        return multiply(self.library.blocks_linear, self._arguments, shape, x, bias, dtype, out)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Some rows of the weight as numbers: [T] int64 -> [T, columns] float32."""
         assert len(self._parts) == 1, "rows of one weight, not of a stack"
         rows = rows.contiguous()
         out = torch.empty((len(rows), self.columns))
-        self.library.blocks_gather(self._address, rows.data_ptr(), len(rows), out.data_ptr())
+        self.library.blocks_gather(self._arguments[0], rows.data_ptr(), len(rows), out.data_ptr())
         return out
 
     def dequantize(self) -> Tensor:

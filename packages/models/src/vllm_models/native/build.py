@@ -23,7 +23,7 @@ _COMPILERS = ("cc", "gcc", "clang")
 # No contraction: a product and a sum are fused only where the source says so, or compilers would
 # differ in the last bit.
 _FLAGS = (
-    *("-O3", "-std=c11", "-fopenmp", "-fPIC"),
+    *("-std=c11", "-fopenmp", "-fPIC"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 _TIMEOUT = 120  # seconds

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_models.native.library import Library
-from vllm_models.native.packed import TYPES, address, bias_address, operands, zeros
+from vllm_models.native.packed import TYPES, address, multiply, zeros
 
 PANEL = 64  # outputs
 
@@ -41,9 +41,9 @@ class PackedDense:
         self.data = zeros(-(-self.outputs // PANEL) * PANEL * steps * 4)
         fields = (self.data.data_ptr(), self.outputs, self.columns, TYPES[self.dtype])
         self._weight = _Weight(*fields)
-        self._address = address(self._weight)
+        self._arguments = (address(self._weight),)
         weight = weight.contiguous()
-        library.dense_pack(self._address, weight.data_ptr())
+        library.dense_pack(*self._arguments, weight.data_ptr())
 
     @property
     def nbytes(self) -> int:
@@ -65,25 +65,24 @@ class PackedDense:
             dtype: Of the result, float32 or bfloat16; x's unless given.
             out: Where the result goes, [M, outputs]; its rows may be apart.
         """
-        assert x.shape[1] == self.columns, f"x is {tuple(x.shape)}, the weight has {self.columns}"
-        given = operands(x, self.outputs, dtype, out)
-        added = bias_address(bias, self.outputs)
-        if self.library.dense_linear(self._address, *given.x, added, *given.out, len(x)):
-            raise MemoryError("no memory for the activations of a linear layer")
-        return given.result
+        shape = (self.outputs, self.columns)
+        return multiply(self.library.dense_linear, self._arguments, shape, x, bias, dtype, out)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Some rows of the weight, as they were given: [T] -> [T, columns]."""
-        pairs = 2 if self.dtype == torch.bfloat16 else 1
-        panels = self.data.view(self.dtype).view(-(-self.outputs // PANEL), -1, PANEL, pairs)
-        return panels[rows // PANEL, :, rows % PANEL].flatten(1)[:, : self.columns]
+        """Some rows of the weight: [T] int64 -> [T, columns] of the weight's dtype."""
+        numbers = self._panels[rows // PANEL, :, rows % PANEL]  # [T, steps, columns of a step]
+        return numbers.flatten(1)[:, : self.columns]
 
     def dequantize(self) -> Tensor:
         """The weight as it was given, in float32."""
-        panels = self.data.view(self.dtype)
+        rows = self._panels.transpose(1, 2).flatten(2).flatten(0, 1)
+        return rows[: self.outputs, : self.columns].float()
+
+    @property
+    def _panels(self) -> Tensor:
+        """[panels, steps, outputs of a panel, columns of a step]."""
         pairs = 2 if self.dtype == torch.bfloat16 else 1
-        rows = panels.view(-(-self.outputs // PANEL), -1, PANEL, pairs).transpose(1, 2)
-        return rows.flatten(2).flatten(0, 1)[: self.outputs, : self.columns].float()
+        return self.data.view(self.dtype).view(-(-self.outputs // PANEL), -1, PANEL, pairs)
 
 
 def reference(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -34,6 +34,9 @@ _FUNCTIONS: dict[str, tuple[tuple[type, ...], type | None]] = {
     "attention_f32": ((_POINTER, _POINTER, _INT), ctypes.c_int),
     "kv_write_bf16": ((_POINTER,), None),
     "kv_write_f32": ((_POINTER,), None),
+    "rms_norm": ((_POINTER,), None),
+    "gate_rows": ((_POINTER,), None),
+    "rotate_heads": ((_POINTER,), None),
     "read_memory": ((_POINTER, _INT), ctypes.c_float),
     "copy_memory": ((_POINTER, _POINTER, _INT), None),
 }
@@ -59,6 +62,9 @@ class Library:
         self.attention_f32 = loaded.attention_f32
         self.kv_write_bf16 = loaded.kv_write_bf16
         self.kv_write_f32 = loaded.kv_write_f32
+        self.rms_norm = loaded.rms_norm
+        self.gate_rows = loaded.gate_rows
+        self.rotate_heads = loaded.rotate_heads
         self.read_memory = loaded.read_memory
         self.copy_memory = loaded.copy_memory
 

@@ -26,11 +26,11 @@ typedef struct {
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* Working memory of the calling thread; grows, and is kept for the next call. */
+/* Working memory of the calling thread; grows, and is kept for the next call. NULL if there is none. */
 static inline void *scratch(size_t bytes) {
     static _Thread_local void *memory = NULL;
     static _Thread_local size_t size = 0;
-    if (bytes > size) {
+    if (bytes >= size) {
         free(memory);
         size = (bytes + (1 << 16)) & ~(size_t)4095;
         memory = aligned_alloc(4096, size);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,42 +13,58 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _HUGE = 2 << 20  # bytes
 
 
-class Operands(NamedTuple):
-    """The arguments of a C function for x and for the result."""
-
-    x: tuple[int, int, int]  # address, stride, type
-    out: tuple[int, int, int]
-    result: Tensor
-    kept: Tensor  # x, so that its memory lives until the call is over
-
-
-def operands(x: Tensor, outputs: int, dtype: torch.dtype | None, out: Tensor | None) -> Operands:
-    """Addresses of x [M, K] and of the result [M, outputs], which is made unless given.
+def multiply(
+    function: Callable[..., int],
+    weights: tuple[int, ...],
+    shape: tuple[int, int],
+    x: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype | None,
+    out: Tensor | None,
+) -> Tensor:
+    """Call a linear kernel with the addresses of x [M, columns] and of the result [M, outputs].
 
     Args:
-        x: float32 or bfloat16; rows may be apart, numbers of a row may not.
-        outputs: Width of the result.
+        function: Of the library; 0 means done.
+        weights: Its first arguments.
+        shape: outputs and columns of the weight.
+        x: float32 or bfloat16, else it is converted; rows may be apart.
+        bias: [outputs] float32.
         dtype: Of the result, x's unless given.
-        out: Where the result goes; rows may be apart.
+        out: Where the result goes, made unless given; rows may be apart.
     """
-    if x.dtype not in TYPES:
-        x = x.float()
-    if x.stride(1) != 1:
+    outputs, columns = shape
+    rows, width = x.shape
+    assert width == columns, f"x is {tuple(x.shape)}, the weight has {columns} columns"
+    kind = TYPES.get(x.dtype)
+    if kind is None:
+        x, kind = x.float(), 0
+    row_stride, stride = x.stride()
+    if stride != 1:
         x = x.contiguous()
+        row_stride = columns
     if out is None:
-        out = torch.empty((x.shape[0], outputs), dtype=dtype or x.dtype)
-    assert out.shape == (x.shape[0], outputs), f"out is {tuple(out.shape)}"
-    assert out.stride(1) == 1, "out: the numbers of a row must be neighbours"
-    return Operands(
-        (x.data_ptr(), x.stride(0), TYPES[x.dtype]),
-        (out.data_ptr(), out.stride(0), TYPES[out.dtype]),
-        out,
-        x,
+        out = torch.empty((rows, outputs), dtype=dtype or x.dtype)
+        out_stride = outputs
+    else:
+        out_stride = _checked(out, rows, outputs)
+    failed = function(
+        *(*weights, x.data_ptr(), row_stride, kind, _bias_address(bias, outputs)),
+        *(out.data_ptr(), out_stride, TYPES[out.dtype], rows),
     )
+    if failed:
+        raise MemoryError("no memory for the activations of a linear layer")
+    return out
 
 
-def bias_address(bias: Tensor | None, outputs: int) -> int | None:
-    """The address of a float32 bias."""
+def _checked(out: Tensor, rows: int, outputs: int) -> int:
+    """The stride of a result that was given."""
+    assert out.shape == (rows, outputs), f"out is {tuple(out.shape)}"
+    assert out.stride(1) == 1, "out: the numbers of a row must be neighbours"
+    return out.stride(0)
+
+
+def _bias_address(bias: Tensor | None, outputs: int) -> int | None:
     if bias is None:
         return None
     assert bias.dtype == torch.float32, f"bias is {bias.dtype}"
@@ -58,14 +74,13 @@ def bias_address(bias: Tensor | None, outputs: int) -> int | None:
 
 def zeros(num_bytes: int) -> Tensor:
     """Memory for packed weights, in large pages where the system has them: weights are read from
-    end to end in every step, and small pages cost a tenth of the bandwidth.
+    end to end in every step, and every small page is looked up anew.
     """
-    if num_bytes < _HUGE:
+    if num_bytes < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(num_bytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, num_bytes)  # zeros; lives as long as the tensor
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)  # which keeps the memory
 
 
 def address(structure: ctypes.Structure | ctypes.Array[ctypes.Structure]) -> int:

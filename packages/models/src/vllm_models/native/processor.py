@@ -20,8 +20,7 @@ class InstructionSet(StrEnum):
     def flags(self) -> tuple[str, ...]:
         """What the compiler is told."""
         needs = tuple(f"-m{name.replace('_', '')}" for name in _NEEDS[self])
-        wide = ("-mprefer-vector-width=512",) if self is InstructionSet.AVX512 else ()
-        return (f"-DCLASS_{self.name}", *needs, *wide)
+        return (f"-DCLASS_{self.name}", *needs, *_OPTIMIZATION[self])
 
 
 _NEEDS: dict[InstructionSet, tuple[str, ...]] = {
@@ -31,6 +30,13 @@ _NEEDS: dict[InstructionSet, tuple[str, ...]] = {
     ),
     InstructionSet.AVX2: ("avx2", "fma", "f16c"),
     InstructionSet.PORTABLE: (),
+}
+
+_OPTIMIZATION = {
+    InstructionSet.AVX512: ("-O3", "-mprefer-vector-width=512"),
+    InstructionSet.AVX2: ("-O3",),
+    # More gains nothing where vectors are emulated, and takes the compiler three times as long.
+    InstructionSet.PORTABLE: ("-O2", "-Wno-psabi"),
 }
 
 
