@@ -176,6 +176,106 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(name: str) -> None:
         resolve_model(name)
 
 
+QUANTS = {
+    "m-Q4_K_M.gguf": b"four",
+    "m-Q8_0.gguf": b"eight",
+    "big/m-00001-of-00002.gguf": b"one",
+    "big/m-00002-of-00002.gguf": b"two",
+    "README.md": b"# hello",
+}
+
+
+def test_a_gguf_file_is_downloaded_alone(hub: StubHub, tmp_path: Path) -> None:
+    hub.files |= QUANTS
+    seen: list[LoadProgress] = []
+    found = resolve(hub, tmp_path, file="m-Q8_0.gguf", on_progress=seen.append)
+    assert found.name == "m-Q8_0.gguf" and found.read_bytes() == b"eight"
+    assert [path.name for path in found.parent.iterdir()] == ["m-Q8_0.gguf"]
+    assert seen[-1] == LoadProgress("download", 1.0, "1 files")
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_any_part_of_a_split_set_fetches_the_whole_set(
+    hub: StubHub, tmp_path: Path, part: int
+) -> None:
+    hub.files |= QUANTS
+    found = resolve(hub, tmp_path, file=f"big/m-0000{part}-of-00002.gguf")
+    assert found.name == "m-00001-of-00002.gguf"
+    assert sorted(path.read_bytes() for path in found.parent.iterdir()) == [b"one", b"two"]
+
+
+def test_a_gguf_file_in_the_cache_is_found_offline(hub: StubHub, tmp_path: Path) -> None:
+    hub.files |= QUANTS
+    first = resolve(hub, tmp_path, file="m-Q8_0.gguf")
+    hub.requests.clear()
+    assert resolve(hub, tmp_path, file="m-Q8_0.gguf", offline=True) == first
+    with pytest.raises(
+        ModelError, match=r"own/model, m-Q4_K_M\.gguf is not in .* offline was asked for"
+    ):
+        resolve(hub, tmp_path, file="m-Q4_K_M.gguf", offline=True)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("file", ["m-Q4_K_S.gguf", "*.gguf", "../m-Q8_0.gguf"])
+def test_a_file_that_the_repository_lacks_names_those_it_has(
+    hub: StubHub, tmp_path: Path, file: str
+) -> None:
+    hub.files |= QUANTS
+    listed = r"Its GGUF files: big/m-00001-of-00002\.gguf, m-Q4_K_M\.gguf, m-Q8_0\.gguf\.$"
+    with pytest.raises(ModelError, match=rf"own/model has no file .*\. The nearest is .*{listed}"):
+        resolve(hub, tmp_path, file=file)
+
+
+def test_a_set_that_lacks_a_part_is_refused(hub: StubHub, tmp_path: Path) -> None:
+    hub.files = dict(QUANTS)
+    del hub.files["big/m-00002-of-00002.gguf"]
+    with pytest.raises(ModelError, match=r"own/model lacks big/m-00002-of-00002\.gguf, which"):
+        resolve(hub, tmp_path, file="big/m-00001-of-00002.gguf")
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_a_repository_of_gguf_files_asks_which_one(
+    hub: StubHub, tmp_path: Path, has_config: bool
+) -> None:
+    hub.files = QUANTS | ({"config.json": b"{}"} if has_config else {})
+    with pytest.raises(ModelError, match=r"choose one \(--gguf-file\)\. .*: big/m-00001-of-0000"):
+        resolve(hub, tmp_path)
+
+
+def test_local_gguf_files_are_themselves(tmp_path: Path) -> None:
+    for name, content in QUANTS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    file = tmp_path / "m-Q8_0.gguf"
+    assert resolve_model(str(file)) == file
+    assert resolve_model("builtin", file=str(file)) == file
+    assert resolve_model(str(tmp_path), file="m-Q8_0.gguf") == file
+    second = str(tmp_path / "big" / "m-00002-of-00002.gguf")
+    assert resolve_model(second).name == "m-00001-of-00002.gguf"
+    link = tmp_path / "link.gguf"
+    link.symlink_to(tmp_path / "README.md")
+    assert resolve_model(str(link)) == link
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("{}/x.gguf", None, r"has no file 'x\.gguf'\. The nearest is m\.gguf"),
+        ("{}", "x.gguf", r"has no file 'x\.gguf'\. The nearest is m\.gguf"),
+        ("{}", "config.json", r"is not named \*\.gguf"),
+        ("{}/m.gguf", "m.gguf", "is a file already"),
+        ("builtin", "{}/no/m.gguf", "It has no GGUF files"),
+        ("{}/m-00003-of-00002.gguf", None, "cannot be a part of a set"),
+    ],
+)
+def test_local_gguf_files_that_are_not_there_are_refused(
+    tmp_path: Path, name: str, file: str | None, message: str
+) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"")
+    with pytest.raises(ModelError, match=message):
+        resolve_model(name.format(tmp_path), file=file and file.format(tmp_path))
+
+
 def test_a_folder_is_itself_and_builtin_is_the_demonstration(tmp_path: Path) -> None:
     assert resolve_model(str(tmp_path)) == tmp_path
     assert (resolve_model("builtin") / "config.json").is_file()

@@ -38,6 +38,25 @@ def test_the_templates_of_model_authors_render(name):
     assert "Be brief." in prompt
 
 
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("messages", [TALK, TALK[1:2], TALK[1:]], ids=["system", "one", "turns"])
+@pytest.mark.parametrize("prompt", [True, False], ids=["open", "closed"])
+def test_prompts_equal_those_of_the_reference(name, messages, prompt):
+    path = TEMPLATES / f"{name}.jinja"
+    if not path.is_file():
+        pytest.skip(f"real chat templates are not at {TEMPLATES}")
+    reference = pytest.importorskip("transformers.utils.chat_template_utils")
+    source = path.read_text("utf-8")
+    [expected], _ = reference.render_jinja_template(
+        conversations=[messages],
+        chat_template=source,
+        add_generation_prompt=prompt,
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    assert ChatTemplate(source, "<s>", "</s>").render(messages, prompt) == expected
+
+
 def test_thinking_is_switched_by_a_template_variable():
     path = TEMPLATES / "Qwen-Qwen3-0.6B.jinja"
     if not path.is_file():

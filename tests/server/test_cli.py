@@ -176,7 +176,7 @@ def test_every_command_that_needs_a_model_takes_the_settings(command):
         (["bench", "serve", "--request-rate", "0"], 2, "must be positive"),
         (["bench", "serve", "--spread", "2"], 2, "between 0 and 1"),
         (["generate", "x", "--model", "no-such-folder"], 3, "neither an existing folder"),
-        (["generate", "x", "--model", "a.gguf"], 2, "GGUF"),
+        (["generate", "x", "--model", "a.gguf"], 3, "has no file 'a.gguf'"),
     ],
 )
 def test_errors_say_what_is_wrong_in_one_line(words, code, message):

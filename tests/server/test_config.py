@@ -407,8 +407,9 @@ def test_hardened_accepts_a_foreign_address_with_a_long_key_and_reads_the_key_fi
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "x.gguf"], "GGUF files is not available in this version"),
-        (["--w", "dir/X.GGUF"], "GGUF files is not available in this version"),
+        (["--f", "x.bin"], r"engine.gguf_file: 'x.bin' is not the name of a \.gguf file"),
+        (["--m", "x.gguf", "--f", "y.gguf"], "but the model is 'x.gguf' already"),
+        (["--w", "dir/X.GGUF", "--f", "y.gguf"], r"but the model is 'dir/X\.GGUF' already"),
         (["--chat-template", "missing.jinja"], "engine.chat_template: there is no file"),
         (["--api-key-file", "missing"], "auth.api_keys_file: there is no file"),
     ],

@@ -259,7 +259,8 @@ def test_the_dtype_argument_wins_over_the_field():
     [
         ({"max_model_length": 9}, TypeError, r"did you mean max_model_len\?"),
         ({"isq": "q4k"}, TypeError, "not available in this version"),
-        ({"weight_file": "x.gguf"}, TypeError, "GGUF files is not available"),
+        ({"weight_file": "x.gguf"}, ModelError, "has no file 'x.gguf'"),
+        ({"weight_file": "x.gguf", "gguf_file": "y.gguf"}, ConfigError, "give one of them"),
         ({"max_num_seqs": 0}, ConfigError, "max_num_seqs is 0, but must be at least 1"),
         ({"dtype": "int3"}, ConfigError, "must be one of"),
         ({"weight_path": "a", "model_path": "b"}, ConfigError, "give one of them"),
@@ -274,6 +275,7 @@ def test_bad_configurations_are_refused(fields, error, message):
 def test_names_of_other_versions_of_this_api_work():
     assert EngineConfig(model_id="a/b").settings("auto").engine.model == "a/b"
     assert EngineConfig(model_path="x").settings("auto").engine.weight_path == "x"
+    assert EngineConfig(weight_file="x.gguf").settings("auto").engine.gguf_file == "x.gguf"
     settings = EngineConfig(seed=5, max_model_len="4k").settings("f16")
     assert settings.sampling.seed == 5
     assert settings.engine.max_model_len == 4000 and settings.engine.dtype == "f16"

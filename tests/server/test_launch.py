@@ -12,6 +12,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import gguf
 import httpx
 import pytest
 from vllm_core import SchedulerConfig
@@ -48,6 +49,10 @@ def test_nothing_heavy_is_imported_before_the_server_answers():
         ([], ("vllm-lite-demo",)),
         (["--model", "Qwen/Qwen3-0.6B"], ("Qwen/Qwen3-0.6B",)),
         (["--w", "."], (Path.cwd().name,)),
+        (["--model", "some/where/tiny-Q4_K_M.gguf"], ("tiny-Q4_K_M",)),
+        (["--f", "tiny-00001-of-00002.gguf"], ("tiny",)),
+        (["--w", ".", "--f", "tiny.gguf"], ("tiny",)),
+        (["--m", "own/model", "--f", "tiny.gguf"], ("own/model",)),
         (["--served-model-name", "a", "--served-model-name", "b"], ("a", "b")),
     ],
 )
@@ -104,6 +109,26 @@ def test_the_operators_sampling_wins_over_the_models_own(tmp_path):
     file.write_text("[")
     with pytest.raises(ModelError, match=r"generation_config\.json is not a JSON object"):
         launch.sampling_defaults(SamplingSettings(), tmp_path)
+
+
+def test_a_gguf_file_recommends_sampling_in_its_metadata(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_float32("general.sampling.temp", 0.5)
+    writer.add_int32("general.sampling.top_k", 20)
+    writer.add_string("general.sampling.top_p", "high")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    found = launch.sampling_defaults(SamplingSettings(top_k=3), tmp_path / "tiny.gguf")
+    assert found == SamplingSettings(temperature=0.5, top_k=3)
+
+
+def test_a_file_is_found_beside_others_or_by_its_path(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"")
+    for words in (["--f", file], ["--w", tmp_path, "--f", "tiny.gguf"], ["--m", file]):
+        assert launch.find_model(settings(*map(str, words)).engine) == file
+    assert launch.find_model(settings("--f", "other.gguf").engine, str(file)) == file
 
 
 def test_the_token_file_wins_over_the_token(tmp_path):

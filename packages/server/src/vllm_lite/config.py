@@ -21,7 +21,7 @@ _ABSENT = {
     for entry in UNAVAILABLE
     for key in entry.keys
     if key.startswith("engine.")
-} | {"weight_file": "Loading GGUF files is not available in this version."}
+}
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,13 @@ class EngineConfig(EngineSettings):
     Attributes:
         model_id: Another name of `model`: a Hub id.
         model_path: Another name of `weight_path`: a folder with weights.
+        weight_file: Another name of `gguf_file`.
         seed: Seed of requests that name none.
     """
 
     model_id: str | None = None
     model_path: str | None = None
+    weight_file: str | None = None
     seed: int | None = None
 
     def __new__(cls, *args: object, **given: object) -> EngineConfig:
@@ -57,6 +59,9 @@ class EngineConfig(EngineSettings):
         values["model"] = _one_of("model", self.model, "model_id", self.model_id, "builtin")
         values["weight_path"] = _one_of(
             "weight_path", self.weight_path, "model_path", self.model_path, None
+        )
+        values["gguf_file"] = _one_of(
+            "gguf_file", self.gguf_file, "weight_file", self.weight_file, None
         )
         if dtype != "auto":
             values["dtype"] = _checked("dtype", dtype)

@@ -36,7 +36,8 @@ def banner(
     """
     mb = 1 / 2**20
     yield f"vllm-lite {version('vllm-server')} serves {name}"
-    if settings.engine.model == "builtin" and not settings.engine.weight_path:
+    engine = settings.engine
+    if engine.model == "builtin" and not (engine.weight_path or engine.gguf_file):
         yield _DEMO
     yield (
         f"Model: {memory.weight_bytes * mb:.1f} MB of weights, {memory.dtype} on {memory.device}, "

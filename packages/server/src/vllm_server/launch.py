@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_core import AsyncEngine, SchedulerConfig
 from vllm_models import BackendOptions
+from vllm_models.gguf.header import read_header
+from vllm_models.gguf_files import is_gguf, model_name
 from vllm_models.options import OnProgress
 from vllm_traits import ModelError
 
@@ -39,7 +41,7 @@ class LoadedModel:
     """A model that is ready to be put behind an engine.
 
     Attributes:
-        folder: Where its files are.
+        folder: Where its files are, or its GGUF file.
         backend: Runs it.
         tokenizer: Its text side.
         scheduler: How an engine should share it.
@@ -65,13 +67,18 @@ def model_names(settings: Settings) -> tuple[str, ...]:
     name = model_source(settings.engine)
     if name == BUILTIN:
         return (BUILTIN_NAME,)
-    folder = Path(name).expanduser()
-    return (folder.resolve().name,) if folder.is_dir() else (name,)
+    path = Path(name).expanduser()
+    if path.is_dir() and settings.engine.gguf_file:
+        path = Path(settings.engine.gguf_file)
+    if is_gguf(path):
+        return (model_name(path),)
+    return (path.resolve().name,) if path.is_dir() else (name,)
 
 
 def model_source(engine: EngineSettings) -> str:
-    """What to load: a folder of weights wins over a model's name."""
-    return engine.weight_path or engine.model
+    """What to load: a folder of weights wins over a model's name, and a file may be alone."""
+    name = engine.weight_path or engine.model
+    return engine.gguf_file if name == BUILTIN and engine.gguf_file else name
 
 
 def load_model(settings: Settings, on_progress: OnProgress) -> LoadedModel:
@@ -101,7 +108,7 @@ def load_model(settings: Settings, on_progress: OnProgress) -> LoadedModel:
 def find_model(
     engine: EngineSettings, name: str | None = None, on_progress: OnProgress | None = None
 ) -> Path:
-    """Where the model's files are, after downloading them if need be.
+    """Where the model's files are, or its GGUF file, after downloading them if need be.
 
     Args:
         engine: Says which model, and how the Hub is reached.
@@ -114,7 +121,8 @@ def find_model(
     from vllm_models import resolve_model
 
     return resolve_model(
-        name or model_source(engine),
+        name or engine.weight_path or engine.model,
+        file=None if name else engine.gguf_file,
         revision=engine.revision,
         download_dir=Path(engine.download_dir) if engine.download_dir else None,
         offline=engine.offline,
@@ -172,6 +180,7 @@ def backend_options(engine: EngineSettings, folder: Path) -> BackendOptions:
         max_sequences=engine.max_num_seqs or defaults.max_num_seqs,
         max_batch_tokens=engine.max_num_batched_tokens or defaults.max_num_batched_tokens,
         threads=engine.num_threads,
+        isq=engine.isq,
     )
 
 
@@ -188,28 +197,46 @@ def scheduler_config(settings: Settings) -> SchedulerConfig:
     )
 
 
-_MODEL_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# What `generation_config.json` calls a default, and GGUF metadata.
+_MODEL_DEFAULTS = {
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
 
 
-def sampling_defaults(sampling: SamplingSettings, folder: Path) -> SamplingSettings:
-    """What the operator set, and for the rest what `generation_config.json` recommends.
+def sampling_defaults(sampling: SamplingSettings, model: Path) -> SamplingSettings:
+    """What the operator set, and for the rest what the model's own files recommend.
+
+    Args:
+        sampling: Of the operator.
+        model: Folder with a `generation_config.json`, or a GGUF file.
 
     Raises:
-        ModelError: The file is no JSON object.
+        ModelError: The file is no JSON object, or no GGUF.
     """
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return sampling
-    try:
-        recommended: dict[str, Any] = dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError):
-        raise ModelError(f"{path} is not a JSON object.") from None
+    recommended = _recommended(model)
     missing = {
         name: recommended[name]
         for name in _MODEL_DEFAULTS
         if getattr(sampling, name) is None and _is_number(recommended.get(name))
     }
     return replace(sampling, **missing)
+
+
+def _recommended(model: Path) -> dict[str, Any]:
+    if model.is_file():
+        metadata = read_header(model, tensors=False).metadata
+        return {name: metadata.get(key) for name, key in _MODEL_DEFAULTS.items()}
+    path = model / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError):
+        raise ModelError(f"{path} is not a JSON object.") from None
 
 
 def _is_number(value: object) -> bool:

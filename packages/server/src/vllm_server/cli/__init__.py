@@ -37,7 +37,9 @@ COMMANDS = {
     "chat": Command("chat", "Talk to a model in the terminal."),
     "completion": Command("completion", "Answer prompts, several at a time, and show the speed."),
     "generate": Command("generate", "Continue one prompt and print the text."),
+    "tokenize": Command("tokenize", "Show the tokens of a text, without loading weights."),
     "info": Command("info", "Describe a model and what fits, without loading it."),
+    "quantize": Command("quantize", "Write a model as a GGUF file with smaller weights."),
     "bench": Command("bench", "Measure a server, or the engine alone."),
 }
 _OLD_SWITCHES = {

@@ -30,12 +30,14 @@ def check(configuration: Configuration) -> Configuration:
 
 
 def _check_model(engine: EngineSettings) -> None:
-    for name in (engine.model, engine.weight_path or ""):
-        if name.lower().endswith(".gguf"):
-            raise ConfigError(
-                f"{name}: loading GGUF files is not available in this version. Name a folder with "
-                "safetensors files or a Hub id instead."
-            )
+    file = engine.gguf_file
+    if file is None:
+        return
+    if not file.lower().endswith(".gguf"):
+        raise ConfigError(f"engine.gguf_file: {file!r} is not the name of a .gguf file.")
+    model = engine.weight_path or engine.model
+    if model.lower().endswith(".gguf"):
+        raise ConfigError(f"engine.gguf_file is {file!r}, but the model is {model!r} already.")
 
 
 def _check_files(settings: Settings) -> None:

@@ -115,14 +115,19 @@ class EngineSettings:
 
     model: str = setting(
         "builtin",
-        "Hub id, folder, or `builtin` for the embedded demonstration model.",
+        "Hub id, folder, .gguf file, or `builtin` for the embedded demonstration model.",
         flags=("--model", "-m", "--m"),
         env=("VLLM_MODEL",),
     )
     weight_path: str | None = setting(
         None,
-        "Folder with weights; wins over `model`.",
+        "Folder with weights, or .gguf file; wins over `model`.",
         flags=("--weight-path", "--w", "--model-path"),
+    )
+    gguf_file: str | None = setting(
+        None,
+        "GGUF file in the Hub model or folder; without either, the path of a file.",
+        flags=("--gguf-file", "--f"),
     )
     revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
     download_dir: str | None = setting(
@@ -141,6 +146,12 @@ class EngineSettings:
             "auto", "bf16", "f16", "f32", "bfloat16", "float16", "half", "float32", "float",
         ),
     )  # fmt: skip
+    isq: str | None = setting(
+        None,
+        "Quantize plain weights while loading: q2k, q3k, q4k, q5k, q6k, q8_0, q4_0, q4_1, q5_0 or "
+        "q5_1.",
+        flags=("--isq", "--quant"),
+    )
     max_num_seqs: int | None = setting(
         None,
         "Sequences that run at once; by device 256 (cuda), 32 (cpu) or 8 (mps).",

@@ -55,10 +55,6 @@ def _text(raw: object) -> str:
 _OFF = ("false",)
 
 UNAVAILABLE = (
-    Unavailable(
-        "Quantizing weights while loading", ("--isq", "--quant"), ("engine.isq", "engine.quant")
-    ),
-    Unavailable("Loading GGUF files", ("--gguf-file", "--f"), ("engine.gguf_file",)),
     Unavailable("Speculation with a draft model", ("--draft-model",), ("engine.draft_model",)),
     Unavailable(
         "An FP8 KV cache",

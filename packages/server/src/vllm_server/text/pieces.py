@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import tokenizers
+from tokenizers import decoders
 
 ToBytes = Callable[[str], bytes]
 
@@ -33,13 +34,14 @@ def _byte_level(token: str) -> bytes:
         return token.encode()
 
 
-def _is_byte_token(token: str) -> bool:
+def is_byte_token(token: str) -> bool:
+    """Whether a token stands for one byte, such as `<0x0A>`."""
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def _fallback_byte(token: str) -> bytes | None:
     """The byte that a token such as `<0x0A>` stands for."""
-    if not _is_byte_token(token):
+    if not is_byte_token(token):
         return None
     try:
         return bytes([int(token[3:5], 16)])
@@ -79,8 +81,7 @@ def pieces_of(source: tokenizers.Tokenizer) -> Pieces:
     Raises:
         ValueError: Its decoder does not work token by token; names the decoder.
     """
-    decoder = cast("dict[str, Any] | None", json.loads(source.to_str())["decoder"])
-    steps = _steps(decoder)
+    steps = _steps(_described(source.decoder))
     kinds = [step["type"] for step in steps]
     if kinds in (["ByteLevel"], ["ByteLevel", "Fuse"]):
         return Pieces(source, _byte_level, 0)
@@ -89,6 +90,11 @@ def pieces_of(source: tokenizers.Tokenizer) -> Pieces:
         strips = 0 if step.get("prepend_scheme") == "never" else 1
         return Pieces(source, _replacing([(step["replacement"], " ")], bytes_too=False), strips)
     return _sentence_piece(source, steps)
+
+
+def _described(decoder: decoders.Decoder | None) -> dict[str, Any] | None:
+    """What `tokenizer.json` says of a decoder; the whole file would take a second to write out."""
+    return None if decoder is None else json.loads(cast("bytes", decoder.__getstate__()))
 
 
 def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -1,31 +1,29 @@
-"""Text to token ids and back, from the files of a model folder.
+"""Text to token ids and back, and conversations to prompts, for one model.
 
-Knows `tokenizer.json`, `tokenizer_config.json` and the places where a chat template may be. Does
-not know requests, streams or the model's own end-of-sequence ids.
+Works the same from a folder and from a GGUF file. Does not know requests, streams or the model's
+own end-of-sequence ids.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import tokenizers
+from vllm_models.gguf_files import is_gguf
 from vllm_traits import InvalidRequestError, ModelError
 
 from vllm_server.text.chat_template import ChatTemplate
 from vllm_server.text.detokenize import Detokenizer, decode
 from vllm_server.text.pieces import pieces_of
-
-MAX_FILE_BYTES = 256 * 1024 * 1024
+from vllm_server.text.vocabulary import Vocabulary, read_folder
 
 
 class Tokenizer:
     """The tokenizer of one model.
 
     Args:
-        folder: Model folder with a `tokenizer.json`.
+        path: Model folder with a `tokenizer.json`, or a GGUF file.
         chat_template: Source of a template that replaces the model's own.
 
     Attributes:
@@ -38,21 +36,18 @@ class Tokenizer:
         ModelError: A file is missing or cannot be used; says which and why.
     """
 
-    def __init__(self, folder: Path | str, chat_template: str | None = None) -> None:
-        folder = Path(folder)
-        self._source = _load(folder / "tokenizer.json")
+    def __init__(self, path: Path | str, chat_template: str | None = None) -> None:
+        found = _read(Path(path))
+        self._source = found.source
         try:
-            self.pieces = pieces_of(self._source)
+            self.pieces = pieces_of(found.source)
         except ValueError as error:
-            raise ModelError(f"{folder / 'tokenizer.json'}: {error}.") from None
-        config = _read_json(folder / "tokenizer_config.json")
-        tokens = {**_read_json(folder / "special_tokens_map.json"), **config}
-        self.bos_token = _token_text(tokens.get("bos_token"))
-        self.eos_token = _token_text(tokens.get("eos_token"))
-        self.vocab_size = max(self._source.get_vocab(True).values(), default=-1) + 1
-        source = chat_template or _find_template(folder, config)
+            raise ModelError(f"{found.path}: {error}.") from None
+        self.bos_token, self.eos_token = found.bos_token, found.eos_token
+        self.vocab_size = max(found.source.get_vocab(True).values(), default=-1) + 1
+        template = chat_template or found.template
         self.chat_template = (
-            None if source is None else ChatTemplate(source, self.bos_token, self.eos_token)
+            None if template is None else ChatTemplate(template, self.bos_token, self.eos_token)
         )
 
     @property
@@ -129,54 +124,9 @@ class Tokenizer:
         return self.chat_template.render(messages, add_generation_prompt, variables)
 
 
-def _load(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-        raise ModelError(
-            f"{path} does not exist. A model folder needs a tokenizer.json; convert an older "
-            "tokenizer with its own library and save it there."
-        )
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ModelError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB.")
-    try:
-        source = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the library raises plain Exception
-        raise ModelError(f"{path} is not a tokenizer: {str(error)[:200]}") from None
-    source.no_truncation()
-    source.no_padding()
-    return source
+def _read(path: Path) -> Vocabulary:
+    if path.is_dir() or not is_gguf(path):
+        return read_folder(path)
+    from vllm_server.text.gguf_tokenizer import read_gguf
 
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ModelError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB.")
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError):
-        raise ModelError(f"{path} is not valid JSON.") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} must hold an object.")
-    return cast("dict[str, Any]", found)
-
-
-def _token_text(entry: Any) -> str | None:
-    """A special token is written as text or as an object with `content`."""
-    if isinstance(entry, dict):
-        entry = cast("dict[str, Any]", entry).get("content")
-    return entry if isinstance(entry, str) else None
-
-
-def _find_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ModelError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB.")
-        return path.read_text("utf-8")
-    found = config.get("chat_template")
-    if found is None:
-        found = _read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in cast("list[Any]", found)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+    return read_gguf(path)

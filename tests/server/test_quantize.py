@@ -1,0 +1,89 @@
+"""`vllm-lite quantize`: complete files, and what is refused before anything is written."""
+
+import logging
+import sys
+
+import gguf
+import pytest
+from vllm_models.hub import resolve_model
+from vllm_server import logs
+from vllm_server.cli import main
+from vllm_server.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    """Commands configure the process; a test gives everything back."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    root = logging.getLogger()
+    before = root.level, list(root.handlers)
+    yield
+    root.setLevel(before[0])
+    root.handlers[:] = before[1]
+    for name in logs._OURS:
+        logging.getLogger(name).setLevel(logging.NOTSET)
+
+
+def quantize(*words):
+    return main(["quantize", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("quantize") / "demo.gguf"
+    assert quantize("builtin", path, "--type", "Q4_K_M") == 0
+    return path
+
+
+def test_the_file_is_a_quarter_of_the_model(file):
+    assert (
+        file.stat().st_size < 0.4 * (resolve_model("builtin") / "model.safetensors").stat().st_size
+    )
+    assert [path.name for path in file.parent.iterdir()] == ["demo.gguf"]
+
+
+def test_tokenizer_and_template_are_in_the_file(file):
+    ours, theirs = Tokenizer(file), Tokenizer(resolve_model("builtin"))
+    text = "What is vllm-lite? 1234 blocks,  naïvely…"
+    assert ours.encode(text) == theirs.encode(text)
+    talk = [{"role": "user", "content": "Hello"}]
+    assert ours.apply_chat_template(talk) == theirs.apply_chat_template(talk)
+    fields = gguf.GGUFReader(file).fields
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == theirs.eos_token_id
+    assert fields["general.name"].contents() == "builtin"
+
+
+def test_a_file_that_is_there_is_kept_unless_forced(file, capsys):
+    before = file.read_bytes()
+    assert quantize("builtin", file, "--type", "q8_0") == 2
+    assert "--force" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    copy = file.with_name("copy.gguf")
+    copy.write_bytes(b"old")
+    assert quantize("builtin", copy, "--type", "q8_0", "--force") == 0
+    assert copy.read_bytes()[:4] == b"GGUF"
+    copy.unlink()
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "said"),
+    [
+        ("m.gguf", "q9_k", "Unknown type 'q9_k'"),
+        ("m.bin", "q8_0", "must end with .gguf"),
+        ("absent/m.gguf", "q8_0", "is no folder"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path, capsys, target, kind, said):
+    assert quantize("builtin", tmp_path / target, "--type", kind) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path, capsys):
+    assert quantize(tmp_path / "absent.gguf", tmp_path / "m.gguf", "--type", "q8_0") == 3
+    assert "absent.gguf" in capsys.readouterr().err
+
+
+def test_a_quantized_file_is_refused(file, tmp_path, capsys):
+    assert quantize(file, tmp_path / "m.gguf", "--type", "q8_0") == 3
+    assert "quantized already" in capsys.readouterr().err
