@@ -12,12 +12,32 @@ import pytest
 import torch
 import transformers
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
@@ -30,14 +50,25 @@ from transformers import (
 from vllm_models import BackendOptions, TorchBackend, load_backend
 
 CLASSES = {
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "gemma4": (Gemma4TextConfig, Gemma4ForCausalLM),
+    "glm4": (Glm4Config, Glm4ForCausalLM),
+    "glm4_moe": (Glm4MoeConfig, Glm4MoeForCausalLM),
+    "gpt_oss": (GptOssConfig, GptOssForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "olmo3": (Olmo3Config, Olmo3ForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
     "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
+FLAT = ("bias", "layer_scalar", "per_expert_scale", "router.scale")  # HF starts these at 0 or 1
 SMALL = {
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -86,6 +117,12 @@ def one_thread() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+@pytest.fixture
+def torch_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products by torch, exact to float32: the CPU's kernels round activations to 8 bits."""
+    monkeypatch.setenv("VLLM_LITE_NATIVE", "off")
+
+
 MakeCheckpoint = Callable[..., Checkpoint]
 
 
@@ -104,8 +141,8 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
         torch.manual_seed(1)
         config_class, model_class = CLASSES[family]
         model = model_class(config_class(**(SMALL | changes))).eval()
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:  # HF starts these at 0 and 1
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith(FLAT) or "norm" in name:
                 parameter.data.add_(torch.randn_like(parameter) * 0.2)
         model.to(saved_as).save_pretrained(folder, max_shard_size=shard_size)
         if rewrite is not None:

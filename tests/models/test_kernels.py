@@ -9,7 +9,15 @@ import random
 import pytest
 import torch
 from vllm_models import kernels
-from vllm_models.kernels import kv_write, paged_attention, rms_norm, rope, silu_mul
+from vllm_models.kernels import (
+    clamped_swiglu,
+    gelu_mul,
+    kv_write,
+    paged_attention,
+    rms_norm,
+    rope,
+    silu_mul,
+)
 from vllm_models.kernels.paged_attention import Span, prepare
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -38,10 +46,12 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 2), (7, 160), (64, 50)])
-def test_silu_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    x = noise(*shape, dtype=dtype)
-    got, wanted = silu_mul.silu_mul(x), silu_mul.reference(x)
-    torch.testing.assert_close(got, wanted, atol=DTYPES[dtype], rtol=DTYPES[dtype])
+def test_gated_activations(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, tolerance = noise(*shape, dtype=dtype) * 2, DTYPES[dtype]
+    for module, limits in ((silu_mul, ()), (gelu_mul, ()), (clamped_swiglu, (1.702, 3.0))):
+        got = getattr(module, module.__name__.rpartition(".")[2])(x, *limits)
+        wanted = module.reference(x, *limits)
+        torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2), (9, 4, 16), (3, 1, 128)])
@@ -58,6 +68,14 @@ def test_kv_write() -> None:
     kv_write.kv_write(key, value, pools[0], pools[1], slots)
     kv_write.reference(key, value, pools[2], pools[3], slots)
     assert torch.equal(pools[0], pools[2]) and torch.equal(pools[1], pools[3])
+
+
+def test_a_layer_without_values_writes_its_keys_once() -> None:
+    pools = [torch.zeros(6, 4, 1, 8) for _ in range(2)]
+    key, slots = noise(3, 1, 8), torch.tensor([23, 0, 7])
+    kv_write.kv_write(key, None, pools[0], pools[0], slots)
+    kv_write.reference(key, None, pools[1], pools[1], slots)
+    assert torch.equal(pools[0], pools[1]) and torch.equal(pools[0].flatten(0, 1)[23], key[0])
 
 
 SPANS = {
@@ -92,6 +110,34 @@ def test_paged_attention(
     prepared = prepare(spans, tables, block_size, q.dtype, window)
     got = paged_attention.paged_attention(q, keys, values, prepared, 0.25)
     wanted = paged_attention.reference(q, keys, values, spans, tables, 0.25, window)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("widths", [(16, 16), (24, 8), (64, 64), (256, 256), (576, 512)])
+@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("soft_cap", [0.0, 3.0])
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("name", ["decodes", "drafts", "mixed", "prompts"])
+def test_paged_attention_with_odd_scores_and_widths(
+    name: str,
+    has_sinks: bool,
+    soft_cap: float,
+    window: int,
+    widths: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(paged_attention, "MAX_SCORES", 4 * 30)
+    tables = torch.tensor(random.Random(2).sample(range(60), k=5 * 8)).view(5, 8)
+    spans = [Span(row, *span) for row, span in enumerate(SPANS[name])]
+    q = noise(sum(span.num_queries for span in spans), 4, widths[0])
+    keys, values = (noise(60, 4, 2, width) for width in widths)
+    sinks = noise(4) + 1 if has_sinks else None
+    scale = widths[0] ** -0.5 * 2
+    prepared = prepare(spans, tables, 4, q.dtype, window)
+    got = paged_attention.paged_attention(q, keys, values, prepared, scale, soft_cap, sinks)
+    wanted = paged_attention.reference(
+        q, keys, values, spans, tables, scale, window, soft_cap, sinks
+    )
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 

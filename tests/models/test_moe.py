@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from vllm_models.components.moe import MixtureOfExperts
+from vllm_models.components.moe import MixtureOfExperts, Routing
 from vllm_traits import ModelError
 
 WIDTH, NUM_EXPERTS, NUM_CHOSEN = 8, 5, 2
@@ -26,7 +26,7 @@ class Counting(nn.Module):
 
 def mixture(renormalize: bool, num_chosen: int = NUM_CHOSEN) -> MixtureOfExperts:
     torch.manual_seed(3)
-    layer = MixtureOfExperts(WIDTH, NUM_EXPERTS, num_chosen, renormalize, Counting)
+    layer = MixtureOfExperts(WIDTH, Routing(NUM_EXPERTS, num_chosen, renormalize), Counting)
     nn.init.normal_(layer.gate.weight)
     return layer
 

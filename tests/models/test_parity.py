@@ -36,11 +36,59 @@ def old_rope_fields(fields: dict[str, Any]) -> None:
         fields["rope_scaling"] = rope | {"type": "llama3", "rope_type": "llama3"}
 
 
+def without_layer_types(fields: dict[str, Any]) -> None:
+    """The spelling of checkpoints that name the first layer with a window instead."""
+    del fields["layer_types"]
+
+
 def rope(theta: float = 10000.0, **scaling: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta} | scaling}
 
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GEMMA = {"tie_word_embeddings": True, "query_pre_attn_scalar": 16, "initializer_range": 0.4}
+GPT_OSS = {
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "rope_parameters": YARN | {"rope_theta": 500.0, "truncate": False},
+}
+GEMMA4 = {
+    "sliding_window": 6,
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 128,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.4,
+}
+GEMMA4_LARGE = GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+GLM4_MOE = {
+    "family": "glm4_moe",
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+DEEPSEEK = {
+    "family": "deepseek_v3",
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 28,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 14,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.5, 2.5, 4.0, 9.0],
+    "partial_rotary_factor": 0.5,
+}
 VOCAB_SIZE = 128
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -95,7 +143,133 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "initializer_range": 0.4,
     }
     | EXPERTS,
+    "gemma2": {"family": "gemma2", "sliding_window": 6} | GEMMA,
+    "gemma2-wide-heads-odd-layers-caps": {
+        "family": "gemma2",
+        "sliding_window": 16,
+        "num_key_value_heads": 1,
+        "head_dim": 24,
+        "num_hidden_layers": 3,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 8.0,
+    }
+    | GEMMA,
+    "gemma3": {"family": "gemma3", "sliding_window": 6, "num_hidden_layers": 7} | GEMMA,
+    "gemma3-untied-scaled-layers-named": {
+        "family": "gemma3",
+        "sliding_window": 9,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 40,
+        "initializer_range": 0.3,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    },
+    "gemma4-small-inputs-of-layers-shared-kv": {
+        "family": "gemma4",
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "final_logit_softcapping": 12.0,
+    }
+    | GEMMA4
+    | {"hidden_size_per_layer_input": 8},
+    "gemma4-keys-as-values": {"family": "gemma4", "num_hidden_layers": 6} | GEMMA4_LARGE,
+    "gemma4-experts-untied": {
+        "family": "gemma4",
+        "num_hidden_layers": 3,
+        "enable_moe_block": True,
+        "num_experts": 5,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 24,
+    }
+    | GEMMA4_LARGE
+    | {"tie_word_embeddings": False},
+    "gpt-oss": {"family": "gpt_oss", "sliding_window": 6} | GPT_OSS,
+    "gpt-oss-one-kv-head-odd-layers-tied": {
+        "family": "gpt_oss",
+        "sliding_window": 16,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "swiglu_limit": 1.5,
+        "tie_word_embeddings": True,
+        "saved_as": torch.bfloat16,
+    }
+    | GPT_OSS,
+    "llama-dynamic-scaling": rope(500.0, rope_type="dynamic", factor=4.0),
+    "phi3": {"family": "phi3", "head_dim": 12},
+    "phi3-window-three-layers": {"family": "phi3", "sliding_window": 6, "num_hidden_layers": 3}
+    | {"head_dim": 12, "num_key_value_heads": 1},
+    "phi4-part-of-heads-long-context-tied": {
+        "family": "phi3",
+        "head_dim": 16,
+        "hidden_size": 64,
+        "original_max_position_embeddings": 16,
+        "tie_word_embeddings": True,
+    }
+    | rope(100.0, **LONGROPE),
+    "olmo2": {"family": "olmo2"},
+    "olmo2-one-kv-head-wide-heads-bias-tied": {
+        "family": "olmo2",
+        "num_key_value_heads": 1,
+        "head_dim": 24,
+        "num_hidden_layers": 3,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "olmo3": {"family": "olmo3", "sliding_window": 6, "num_hidden_layers": 5},
+    "olmo3-stretched-without-windows-yarn": {
+        "family": "olmo3",
+        "sliding_window": 9,
+        "head_dim": 24,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": YARN | {"rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    },
+    "glm4": {"family": "glm4"},
+    "glm4-one-kv-head-no-bias-wide-heads": {
+        "family": "glm4",
+        "attention_bias": False,
+        "num_key_value_heads": 1,
+        "head_dim": 24,
+        "num_hidden_layers": 3,
+    },
+    "glm4-moe": GLM4_MOE,
+    "glm4-moe-groups-norms-biases": GLM4_MOE
+    | {
+        "n_group": 3,
+        "topk_group": 2,
+        "n_shared_experts": 2,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.5,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+    },
+    "deepseek-v3": DEEPSEEK,
+    "deepseek-v3-yarn-plain-queries-halves-rotate": DEEPSEEK
+    | {"q_lora_rank": None, "rope_interleave": False, "num_hidden_layers": 3}
+    | rope(500.0, **YARN, mscale=1.0, mscale_all_dim=0.7),
+    "deepseek-v3-bias-dense-layers": DEEPSEEK
+    | {"attention_bias": True, "num_hidden_layers": 3, "first_k_dense_replace": 2},
     "qwen2": {"family": "qwen2"},
+    "qwen2-windows-in-late-layers": {
+        "family": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+        "num_hidden_layers": 3,
+        "rewrite": without_layer_types,
+    },
     "qwen2-tied-odd-layers-old-rope-fields": {
         "family": "qwen2",
         "tie_word_embeddings": True,
@@ -142,6 +316,8 @@ WAYS = {
         {"num_blocks": 40}, {"prefix_cache": False, "watermark": 0.0}, num_strangers=5
     ),
     "drafted": Way(drafts=True),
+    # Blocks of 16 are those that the CPU's attention kernel can read.
+    "in-kernels": Way({"block_size": 16}, {"max_batch_tokens": 24}, num_strangers=5),
 }
 
 

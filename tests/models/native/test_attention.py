@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from vllm_models.native.attention import Spans, attend, fits, write_kv
+from vllm_models.native.attention import Spans, attend, block_shapes, fits, write_kv
 from vllm_models.native.library import Library, load
 from vllm_models.native.processor import runnable
 
@@ -64,7 +64,7 @@ class Case(NamedTuple):
     q: Tensor
     keys: Tensor
     values: Tensor
-    packed: tuple[Tensor, Tensor]
+    packed: tuple[Tensor, ...]
     tables: Tensor
     sinks: Tensor | None
 
@@ -85,7 +85,11 @@ def make(library: Library, shape: Shape) -> Case:
     values = torch.randn(*kv_shape, shape.value_dim).to(shape.dtype)
     for block in order:
         keys[block], values[block] = torch.nan, torch.nan
-    packed = (torch.full_like(keys, torch.nan), torch.full_like(values, torch.nan))
+    sizes = (shape.block_size, shape.num_kv_heads, shape.dim, shape.value_dim)
+    packed = tuple(
+        torch.full((num_blocks, *block), torch.nan, dtype=shape.dtype)
+        for block in block_shapes(*sizes, shape.dtype)
+    )
     slots = torch.randperm(num_blocks * shape.block_size)
     k, v = keys.flatten(0, 1)[slots], values.flatten(0, 1)[slots]
     write_kv(library, k, v, *packed, slots)
@@ -158,10 +162,8 @@ def test_the_number_of_threads_changes_no_bit(library: Library, name: str) -> No
 
 def test_a_write_touches_its_slots_only(library: Library) -> None:
     for dtype in (BF16, F32):
-        keys, values = (
-            torch.zeros(3, 16, 2, 32, dtype=dtype),
-            torch.zeros(3, 16, 2, 16, dtype=dtype),
-        )
+        shapes = block_shapes(16, 2, 32, 16, dtype)
+        keys, values = (torch.zeros(3, *shape, dtype=dtype) for shape in shapes)
         k, v = torch.ones(2, 2, 32, dtype=dtype), torch.ones(2, 2, 16, dtype=dtype)
         write_kv(library, k, v, keys, values, torch.tensor([17, 40]))
         assert keys.sum() == k.numel() and values.sum() == v.numel()

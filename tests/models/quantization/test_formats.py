@@ -366,7 +366,8 @@ def test_a_layer_without_packed_tensors_is_as_it_is() -> None:
         scheme = scheme_for(fields(config))
         assert scheme is not None
         assert scheme.method(["mlp.x"], layer, saved) is None
-    assert scheme_for(JsonFields({}, "config.json")) is None
+    plain = scheme_for(JsonFields({}, "config.json"))
+    assert plain.method(["mlp.x"], layer, saved) is None
 
 
 def test_a_bias_of_zeros_that_packers_add_is_accepted_and_others_are_not() -> None:

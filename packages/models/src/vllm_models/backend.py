@@ -24,9 +24,11 @@ from vllm_models.config import ModelConfig
 from vllm_models.device import pick_device, pick_dtype, set_threads
 from vllm_models.options import BackendOptions, LoadProgress, OnProgress, ignore_progress
 from vllm_models.pooling_config import default_pooling
+from vllm_models.quantization.isq import IsqScheme
 from vllm_models.quantization.scheme import scheme_for
 from vllm_models.registry import find_architecture
-from vllm_models.runner.memory import MemoryReport, allocate_kv, kv_group, plan_memory
+from vllm_models.runner.kv import allocate_kv, kv_groups
+from vllm_models.runner.memory import MemoryReport, plan_memory
 from vllm_models.runner.rows import Rows
 from vllm_models.runner.runner import Runner
 from vllm_models.weights.checkpoint import Checkpoint, open_checkpoint
@@ -109,14 +111,17 @@ def load_backend(options: BackendOptions, on_progress: OnProgress | None = None)
     """
     report = on_progress or ignore_progress
     checkpoint = open_checkpoint(options.model)
-    config = ModelConfig.from_fields(checkpoint.fields, checkpoint.eos_token_ids)
+    config = ModelConfig.from_fields(
+        checkpoint.fields, checkpoint.eos_token_ids, options.max_model_len
+    )
     architecture = find_architecture(config.architecture)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, config, device)
-    scheme = scheme_for(checkpoint.fields)
+    scheme = IsqScheme(options.isq) if options.isq else scheme_for(checkpoint.fields)
     model = load_model(architecture, config, checkpoint, scheme, (dtype, device), report)
     set_threads(options.threads, device, num_bytes(model))
-    memory = plan_memory(options, config, dtype, device, num_bytes(model))
+    groups = kv_groups(model.kv_layers(config), options.block_size, dtype)
+    memory = plan_memory(options, config, groups, device, num_bytes(model))
     backend = _assemble(options, checkpoint, config, model, memory)
     _warm_up(backend, report)
     return backend
@@ -130,11 +135,12 @@ def _assemble(
     memory: MemoryReport,
 ) -> TorchBackend:
     dtype, device = getattr(torch, memory.dtype), torch.device(memory.device)
-    group = kv_group(config, options.block_size, dtype)
-    kv = allocate_kv(group, memory.num_blocks, options.block_size, dtype, device)
+    layers = model.kv_layers(config)
+    groups = kv_groups(layers, options.block_size, dtype)
+    kv = allocate_kv(layers, memory.num_blocks, options.block_size, dtype, device)
     max_sequences = options.max_sequences
     rows = Rows(max_sequences, memory.max_model_len, kv, config.vocab_size, config.eos_token_ids)
-    layout = f"{memory.dtype}:{options.block_size}:{tuple(kv.shape[3:])}"
+    layout = f"{memory.dtype}:{options.block_size}:{groups}:{kv.is_native}"
     info = BackendInfo(
         num_blocks=memory.num_blocks,
         block_size=options.block_size,
@@ -143,11 +149,11 @@ def _assemble(
         eos_token_ids=config.eos_token_ids,
         max_sequences=max_sequences,
         max_batch_tokens=options.max_batch_tokens,
-        kv_groups=(group,),
+        kv_groups=groups,
         fingerprint=sha256(checkpoint.fingerprint() + layout.encode()).digest(),
     )
     loaded = Loaded(config, memory, default_pooling(options.model))
-    return TorchBackend(Runner(model, kv, rows, config.window), info, loaded)
+    return TorchBackend(Runner(model, kv, rows), info, loaded)
 
 
 def _warm_up(backend: TorchBackend, on_progress: OnProgress) -> None:

@@ -6,39 +6,12 @@ from dataclasses import dataclass
 
 from vllm_traits import ModelError
 
+from vllm_models.config_defaults import complete, layer_types
 from vllm_models.json_fields import JsonFields
+from vllm_models.rope_config import RopeConfig, read_ropes
 
 _MAX_LAYERS = 1000
-_DEFAULT_HEAD_DIM = {"qwen3": 128}
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding.
-
-    Attributes:
-        kind: "default", "linear", "llama3" or "yarn".
-        theta: Base of the wavelengths.
-        factor: How much longer than at training a context may be.
-        original_max_position: Context length at training, before scaling.
-        low_freq_factor: Of llama3.
-        high_freq_factor: Of llama3.
-        beta_fast: Of yarn.
-        beta_slow: Of yarn.
-        attention_factor: Of yarn: multiplies cosine and sine; None follows from the factor.
-        truncate: Of yarn: whole dimensions bound the ramp.
-    """
-
-    kind: str = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    original_max_position: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    truncate: bool = True
+_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True)
@@ -56,8 +29,10 @@ class ModelConfig:
         vocab_size: Width of the logits.
         max_position: Longest context the model was made for.
         norm_eps: Added to the variance in RMSNorm.
-        window: Positions a query looks back in every layer, its own included; 0 is all.
+        windows: Of every layer: positions a query looks back, its own included; 0 is all.
         rope: Rotary position embedding.
+        local_rope: That of layers with a window, mostly the same.
+        activation: Between the feed-forward projections, "silu" or "gelu_pytorch_tanh".
         tie_word_embeddings: The output head is the embedding table.
         attention_bias: The four attention projections have biases.
         mlp_bias: The feed-forward projections have biases.
@@ -76,8 +51,10 @@ class ModelConfig:
     vocab_size: int
     max_position: int
     norm_eps: float
-    window: int
+    windows: tuple[int, ...]
     rope: RopeConfig
+    local_rope: RopeConfig
+    activation: str
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
@@ -86,35 +63,50 @@ class ModelConfig:
     fields: JsonFields
 
     @classmethod
-    def from_fields(cls, fields: JsonFields, eos_token_ids: frozenset[int]) -> ModelConfig:
+    def from_fields(
+        cls,
+        fields: JsonFields,
+        eos_token_ids: frozenset[int],
+        max_model_len: int | None = None,
+    ) -> ModelConfig:
         """Interpret the values of a `config.json`.
+
+        Args:
+            fields: The values.
+            eos_token_ids: Of all files of the checkpoint.
+            max_model_len: Longest sequence that will be computed, if it is not what the model was
+                made for; some rotary embeddings differ by it.
 
         Raises:
             ModelError: A field is missing, has the wrong type, or asks for something unsupported;
                 the message names file and field.
         """
-        _refuse_unsupported(fields)
+        fields = complete(fields)
+        _refuse_bidirectional(fields)
         hidden_size = fields.positive("hidden_size")
         num_heads = fields.positive("num_attention_heads")
-        model_type = fields.get("model_type", str, "")
-        head_dim = _DEFAULT_HEAD_DIM.get(model_type, max(1, hidden_size // num_heads))
+        num_layers = fields.positive("num_hidden_layers")
+        max_position = fields.positive("max_position_embeddings")
+        rope, local_rope = read_ropes(fields, max_model_len or max_position)
         config = cls(
             architecture=_architecture(fields),
             hidden_size=hidden_size,
             intermediate_size=fields.positive("intermediate_size"),
-            num_layers=fields.positive("num_hidden_layers"),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=fields.positive("num_key_value_heads", num_heads),
-            head_dim=fields.positive("head_dim", head_dim),
+            head_dim=fields.positive("head_dim", max(1, hidden_size // num_heads)),
             vocab_size=fields.positive("vocab_size"),
-            max_position=fields.positive("max_position_embeddings"),
+            max_position=max_position,
             norm_eps=fields.get("rms_norm_eps", float, 1e-6),
-            window=_window(fields),
-            rope=_rope(fields),
+            windows=_windows(fields, min(num_layers, _MAX_LAYERS)),
+            rope=rope,
+            local_rope=local_rope,
+            activation=_activation(fields),
             tie_word_embeddings=fields.get("tie_word_embeddings", bool, False),
             attention_bias=fields.get("attention_bias", bool, False),
             mlp_bias=fields.get("mlp_bias", bool, False),
-            eos_token_ids=eos_token_ids,
+            eos_token_ids=eos_token_ids | fields.ids("eos_token_id"),
             dtype=fields.get("dtype", str, "") or fields.get("torch_dtype", str, ""),
             fields=fields,
         )
@@ -127,10 +119,11 @@ class ModelConfig:
                 f"{self.fields.source}: num_hidden_layers is {self.num_layers}, but no model has "
                 f"more than {_MAX_LAYERS}."
             )
-        if self.rope.kind == "llama3" and self.rope.high_freq_factor <= self.rope.low_freq_factor:
+        num_pairs = int(self.head_dim * self.rope.rotated) // 2
+        if self.rope.kind == "longrope" and len(self.rope.stretches) != num_pairs:
             raise ModelError(
-                f"{self.fields.source}: high_freq_factor {self.rope.high_freq_factor} must be "
-                f"greater than low_freq_factor {self.rope.low_freq_factor}."
+                f"{self.fields.source}: long_factor and short_factor of longrope must have "
+                f"{num_pairs} numbers, not {len(self.rope.stretches)}."
             )
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
@@ -154,67 +147,39 @@ def _architecture(fields: JsonFields) -> str:
     return names[0]
 
 
-def _refuse_unsupported(fields: JsonFields) -> None:
-    """Features that change the arithmetic and are not there must not load silently."""
-    activation = fields.get("hidden_act", str, "silu")
-    if activation != "silu":
+def _refuse_bidirectional(fields: JsonFields) -> None:
+    if fields.values.get("use_bidirectional_attention") in (True, "all"):
         raise ModelError(
-            f"{fields.source}: 'hidden_act' {activation!r} is not supported (silu is)."
-        )
-    sliding = fields.get("use_sliding_window", bool, False)
-    if sliding or "sliding_attention" in fields.get("layer_types", list, []):
-        raise ModelError(
-            f"{fields.source}: sliding-window attention in some of the layers is not supported."
+            f"{fields.source}: 'use_bidirectional_attention' is not supported: every token sees "
+            "only those before it."
         )
 
 
-def _window(fields: JsonFields) -> int:
-    """The window of Mistral and Mixtral holds in every layer; elsewhere the field alone is idle."""
-    has_window = fields.get("model_type", str, "") in ("mistral", "mixtral")
-    wanted = has_window and fields.values.get("sliding_window") is not None
-    return fields.positive("sliding_window") if wanted else 0
-
-
-def _rope(fields: JsonFields) -> RopeConfig:
-    """Old checkpoints have `rope_theta` and `rope_scaling`, new ones `rope_parameters`."""
-    scaling = fields.child("rope_parameters") or fields.child("rope_scaling")
-    theta = fields.above_zero("rope_theta", 10000.0)
-    if scaling is None:
-        return RopeConfig(theta=theta)
-    kind = scaling.get("rope_type", str, "") or scaling.get("type", str, "default")
-    theta = scaling.above_zero("rope_theta", theta)
-    _check_rope_kind(kind, scaling)
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    original = scaling.positive(
-        "original_max_position_embeddings", fields.positive("max_position_embeddings")
-    )
-    scaling.need("factor", float)
-    need = scaling.need if kind == "llama3" else lambda name, _: scaling.get(name, float, 1.0)
-    return RopeConfig(
-        kind=kind,
-        theta=theta,
-        factor=scaling.above_zero("factor", 1.0),
-        original_max_position=original,
-        low_freq_factor=need("low_freq_factor", float),
-        high_freq_factor=need("high_freq_factor", float),
-        beta_fast=scaling.above_zero("beta_fast", 32.0),
-        beta_slow=scaling.above_zero("beta_slow", 1.0),
-        attention_factor=scaling.values.get("attention_factor")
-        and scaling.need("attention_factor", float),
-        truncate=scaling.get("truncate", bool, True),
-    )
-
-
-def _check_rope_kind(kind: str, scaling: JsonFields) -> None:
-    supported = ("default", "linear", "llama3", "yarn")
-    if kind not in supported:
+def _activation(fields: JsonFields) -> str:
+    """Gemma has a field of its own, beside the usual one."""
+    name = "hidden_activation" if fields.values.get("hidden_activation") else "hidden_act"
+    activation = fields.get(name, str, "silu")
+    if activation not in _ACTIVATIONS:
         raise ModelError(
-            f"{scaling.source}: rope_type {kind!r} is not supported ({', '.join(supported)} are)."
+            f"{fields.source}: {name!r} {activation!r} is not supported "
+            f"({', '.join(_ACTIVATIONS)} are)."
         )
-    if scaling.get("partial_rotary_factor", float, 1.0) != 1.0:
+    return activation
+
+
+def _windows(fields: JsonFields, num_layers: int) -> tuple[int, ...]:
+    """One for all layers of some, elsewhere by the kind of each layer."""
+    if fields.get("model_type", str, "") in ("mistral", "mixtral", "phi3"):
+        has_window = fields.values.get("sliding_window") is not None
+        return (fields.positive("sliding_window") if has_window else 0,) * num_layers
+    kinds = layer_types(fields, num_layers)
+    known = all(kind in ("full_attention", "sliding_attention") for kind in kinds)
+    if not known or len(kinds) not in (0, num_layers):
         raise ModelError(
-            f"{scaling.source}: 'partial_rotary_factor' other than 1 is not supported."
+            f"{fields.source}: 'layer_types' must name 'full_attention' or 'sliding_attention' "
+            f"for each of {num_layers} layers."
         )
-    if kind == "yarn" and (scaling.values.get("mscale") or scaling.values.get("mscale_all_dim")):
-        raise ModelError(f"{scaling.source}: 'mscale' of yarn is not supported.")
+    if "sliding_attention" not in kinds or fields.values.get("use_sliding_window") is False:
+        return (0,) * num_layers
+    window = fields.positive("sliding_window")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)

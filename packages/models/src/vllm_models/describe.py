@@ -11,7 +11,7 @@ from vllm_models.components.linear import Linear
 from vllm_models.config import ModelConfig
 from vllm_models.device import free_memory, pick_device, pick_dtype
 from vllm_models.registry import find_architecture
-from vllm_models.runner.memory import bytes_per_token
+from vllm_models.runner.kv import bytes_per_token
 from vllm_models.weights.checkpoint import open_checkpoint
 from vllm_models.weights.load import build_model
 from vllm_models.weights.saved import SavedTensor
@@ -96,7 +96,7 @@ def describe(path: Path, dtype: str = "auto", device: str = "auto") -> Descripti
         weight_bytes=sum(tensor.num_bytes for tensor in saved),
         groups=tuple(_groups(saved)),
         dtype=str(element).removeprefix("torch."),
-        kv_bytes_per_token=bytes_per_token(config, element),
+        kv_bytes_per_token=bytes_per_token(architecture.kv_layers(config), element),
         device=str(place),
         free_bytes=free_memory(place),
     )

@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 
 from vllm_traits import ConfigError
 
+from vllm_models.gguf.mixture import find_isq
+
 DTYPES = {
     "auto": "auto",
     "bf16": "bfloat16",
@@ -43,6 +45,8 @@ class BackendOptions:
         max_sequences: Sequences held at once.
         max_batch_tokens: Positions computed in one step.
         threads: CPU threads; None is one for a small model and torch's own choice for others.
+        isq: Type that plain weights are quantized to while loading, see `gguf.mixture`; None leaves
+            them as they are.
 
     Raises:
         ConfigError: A value that can never work.
@@ -59,6 +63,7 @@ class BackendOptions:
     max_sequences: int = 256
     max_batch_tokens: int = 2048
     threads: int | None = None
+    isq: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what can never work."""
@@ -68,6 +73,8 @@ class BackendOptions:
             raise ConfigError(
                 f"device is {self.device!r}, but must be one of {', '.join(DEVICES)}."
             )
+        if self.isq is not None:
+            find_isq(self.isq)
         if not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction is {self.memory_fraction}, but must be in (0, 1].")
         for name in (
@@ -93,7 +100,7 @@ class LoadProgress(NamedTuple):
         detail: A file name or a short remark for people.
     """
 
-    stage: Literal["download", "load", "warm-up"]
+    stage: Literal["download", "load", "quantize", "warm-up"]
     fraction: float
     detail: str = ""
 

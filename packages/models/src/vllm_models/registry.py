@@ -17,9 +17,21 @@ from vllm_models.components.decoder import Decoder
 ENTRY_POINT_GROUP = "vllm_lite.architectures"
 
 _ARCHITECTURES: dict[str, str | type[Decoder]] = {
+    "DeepseekV3ForCausalLM": "vllm_models.architectures.deepseek_v3:DeepseekV3ForCausalLM",
+    "Gemma2ForCausalLM": "vllm_models.architectures.gemma2:Gemma2ForCausalLM",
+    "Gemma3ForCausalLM": "vllm_models.architectures.gemma3:Gemma3ForCausalLM",
+    "Gemma3ForConditionalGeneration": "vllm_models.architectures.gemma3:Gemma3ForCausalLM",
+    "Gemma4ForCausalLM": "vllm_models.architectures.gemma4:Gemma4ForCausalLM",
+    "Gemma4ForConditionalGeneration": "vllm_models.architectures.gemma4:Gemma4ForCausalLM",
+    "Glm4ForCausalLM": "vllm_models.architectures.glm4:Glm4ForCausalLM",
+    "Glm4MoeForCausalLM": "vllm_models.architectures.glm4_moe:Glm4MoeForCausalLM",
+    "GptOssForCausalLM": "vllm_models.architectures.gpt_oss:GptOssForCausalLM",
     "LlamaForCausalLM": "vllm_models.architectures.llama:LlamaForCausalLM",
     "MistralForCausalLM": "vllm_models.architectures.llama:LlamaForCausalLM",
     "MixtralForCausalLM": "vllm_models.architectures.mixtral:MixtralForCausalLM",
+    "Olmo2ForCausalLM": "vllm_models.architectures.olmo2:Olmo2ForCausalLM",
+    "Olmo3ForCausalLM": "vllm_models.architectures.olmo3:Olmo3ForCausalLM",
+    "Phi3ForCausalLM": "vllm_models.architectures.phi3:Phi3ForCausalLM",
     "Qwen2ForCausalLM": "vllm_models.architectures.qwen2:Qwen2ForCausalLM",
     "Qwen2MoeForCausalLM": "vllm_models.architectures.qwen2_moe:Qwen2MoeForCausalLM",
     "Qwen3ForCausalLM": "vllm_models.architectures.qwen3:Qwen3ForCausalLM",

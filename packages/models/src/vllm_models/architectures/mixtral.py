@@ -8,24 +8,25 @@ from vllm_models.components.attention import Attention
 from vllm_models.components.context import ForwardContext
 from vllm_models.components.decoder import CausalLM
 from vllm_models.components.linear import Linear
-from vllm_models.components.moe import MixtureOfExperts
+from vllm_models.components.mlp import ACTIVATIONS
+from vllm_models.components.moe import MixtureOfExperts, Routing
 from vllm_models.components.norm import RMSNorm
 from vllm_models.components.rotary import Rotation
 from vllm_models.config import ModelConfig
-from vllm_models.kernels.silu_mul import silu_mul
 
 
 class MixtralExpert(nn.Module):
-    """w2(silu(w1(x)) * w3(x))."""
+    """w2(activation(w1(x)) * w3(x))."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
+        self.activate = ACTIVATIONS[c.activation]
         self.w13 = Linear(c.hidden_size, {"w1": c.intermediate_size, "w3": c.intermediate_size})
         self.w2 = Linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, M] -> [N, M]."""
-        return self.w2(silu_mul(self.w13(x)))
+        return self.w2(self.activate(self.w13(x)))
 
 
 class MixtralBlock(nn.Module):
@@ -38,9 +39,11 @@ class MixtralBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
         self.block_sparse_moe = MixtureOfExperts(
             c.hidden_size,
-            c.fields.positive("num_local_experts", 8),
-            c.fields.positive("num_experts_per_tok", 2),
-            renormalize=True,
+            Routing(
+                c.fields.positive("num_local_experts", 8),
+                c.fields.positive("num_experts_per_tok", 2),
+                renormalize=True,
+            ),
             expert=lambda: MixtralExpert(c),
         )
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from vllm_models.components.attention import Attention
 from vllm_models.components.context import ForwardContext
 from vllm_models.components.decoder import CausalLM
 from vllm_models.components.mlp import GatedMLP
-from vllm_models.components.moe import MixtureOfExperts
+from vllm_models.components.moe import MixtureOfExperts, Routing, one_by_one
 from vllm_models.components.norm import RMSNorm
 from vllm_models.components.rotary import Rotation
 from vllm_models.config import ModelConfig
+from vllm_models.weights.saved import SavedTensor
 
 
 def is_sparse(c: ModelConfig, layer: int) -> bool:
@@ -26,9 +29,11 @@ def experts(c: ModelConfig, shared: nn.Module | None = None) -> MixtureOfExperts
     num_experts = c.fields.get("num_experts", int, 0) or c.fields.positive("num_local_experts")
     return MixtureOfExperts(
         c.hidden_size,
-        num_experts,
-        c.fields.positive("num_experts_per_tok"),
-        renormalize=c.fields.get("norm_topk_prob", bool, False),
+        Routing(
+            num_experts,
+            c.fields.positive("num_experts_per_tok"),
+            renormalize=c.fields.get("norm_topk_prob", bool, False),
+        ),
         expert=lambda: GatedMLP(c, width),
         shared=shared,
     )
@@ -59,3 +64,8 @@ class Qwen2MoeForCausalLM(CausalLM):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, Qwen2MoeBlock)
+
+    @classmethod
+    def split(cls, saved: SavedTensor, config: ModelConfig) -> Iterable[SavedTensor]:
+        """Experts one by one."""
+        return one_by_one(saved)

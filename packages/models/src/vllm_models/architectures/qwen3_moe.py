@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from vllm_models.architectures.qwen2_moe import experts, is_sparse
@@ -9,9 +11,11 @@ from vllm_models.components.attention import Attention
 from vllm_models.components.context import ForwardContext
 from vllm_models.components.decoder import CausalLM
 from vllm_models.components.mlp import GatedMLP
+from vllm_models.components.moe import one_by_one
 from vllm_models.components.norm import RMSNorm
 from vllm_models.components.rotary import Rotation
 from vllm_models.config import ModelConfig
+from vllm_models.weights.saved import SavedTensor
 
 
 class Qwen3MoeBlock(nn.Module):
@@ -35,3 +39,8 @@ class Qwen3MoeForCausalLM(CausalLM):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, Qwen3MoeBlock)
+
+    @classmethod
+    def split(cls, saved: SavedTensor, config: ModelConfig) -> Iterable[SavedTensor]:
+        """Experts one by one."""
+        return one_by_one(saved)

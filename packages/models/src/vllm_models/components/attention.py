@@ -21,34 +21,50 @@ class Attention(nn.Module):
         layer: Whose KV is read and written.
         qk_norm: Normalise each query and key head before the rotation.
         qkv_bias: Queries, keys and values have biases whatever the config says.
+        out_bias: The last projection may have a bias; if it has one, the config says.
+        fused: Queries, keys and values are one tensor of the checkpoint.
     """
 
     def __init__(
-        self, c: ModelConfig, layer: int, *, qk_norm: bool = False, qkv_bias: bool = False
+        self,
+        c: ModelConfig,
+        layer: int,
+        *,
+        qk_norm: bool = False,
+        qkv_bias: bool = False,
+        out_bias: bool = True,
+        fused: bool = False,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.heads = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
         self.head_dim = c.head_dim
         self.scale = c.head_dim**-0.5
-        widths = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
+        names = ("q_proj", "k_proj", "v_proj")
+        parts = {name: n * c.head_dim for name, n in zip(names, self.heads, strict=True)}
         self.qkv_proj = Linear(
             c.hidden_size,
-            {name: heads * c.head_dim for name, heads in widths.items()},
+            sum(parts.values()) if fused else parts,
             bias=c.attention_bias or qkv_bias,
         )
-        self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        out_bias = out_bias and c.attention_bias
+        self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size, bias=out_bias)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if qk_norm else None
 
     def forward(self, x: Tensor, rotate: Rotation, ctx: ForwardContext) -> Tensor:
         """[T, M] -> [T, M]."""
-        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)  # [T, H + 2K, D]
-        q, k, v = qkv.split(self.heads, dim=1)  # [T, H, D], [T, K, D], [T, K, D]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.project(x)
         q, k = rotate(q), rotate(k)
         keys, values = ctx.kv[self.layer]
         kv_write(k, v, keys, values, ctx.slot_mapping)
-        out = paged_attention(q, keys, values, ctx.attention, self.scale)  # [T, H, D]
+        out = paged_attention(q, keys, values, ctx.attention[self.layer], self.scale)  # [T, H, D]
         return self.o_proj(out.flatten(1))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, M] -> queries [T, H, D], keys and values [T, K, D], before the rotation."""
+        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)  # [T, H + 2K, D]
+        q, k, v = qkv.split(self.heads, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
-from vllm_models.components.context import ForwardContext
+from vllm_models.components.context import ForwardContext, LayerKV
 from vllm_models.components.embedding import Embedding
 from vllm_models.components.linear import Linear
 from vllm_models.components.norm import RMSNorm
@@ -16,6 +16,7 @@ from vllm_models.config import ModelConfig
 from vllm_models.weights.saved import SavedTensor
 
 MakeBlock = Callable[[ModelConfig, int], nn.Module]
+MakeStack = Callable[[ModelConfig, MakeBlock], "DecoderStack"]
 
 
 class Decoder(nn.Module, ABC):
@@ -33,6 +34,12 @@ class Decoder(nn.Module, ABC):
         Nothing, for a tensor that this model has no use for.
         """
         return (saved,)
+
+    @classmethod
+    def kv_layers(cls, config: ModelConfig) -> Sequence[LayerKV]:
+        """What each layer keeps of a position; usually all keep the same."""
+        c = config
+        return tuple(LayerKV(w, c.num_kv_heads, c.head_dim, c.head_dim) for w in c.windows)
 
     @abstractmethod
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
@@ -57,13 +64,18 @@ class DecoderStack(nn.Module):
         self.layers = nn.ModuleList(block(c, layer) for layer in range(c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.norm_eps)
         self.rotary_emb = RotaryEmbedding(c.head_dim, c.rope)
+        differs = c.local_rope != c.rope
+        self.local_rotary_emb = RotaryEmbedding(c.head_dim, c.local_rope) if differs else None
+        self.windows = c.windows
 
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """[T] -> [T, M]."""
         x = self.embed_tokens(token_ids)
-        rotate = self.rotary_emb(ctx.positions, x.dtype)
-        for layer in self.layers:
-            x = layer(x, rotate, ctx)
+        near = far = self.rotary_emb(ctx.positions, x.dtype)
+        if self.local_rotary_emb is not None:
+            near = self.local_rotary_emb(ctx.positions, x.dtype)
+        for layer, window in zip(self.layers, self.windows, strict=True):
+            x = layer(x, near if window else far, ctx)
         return self.norm(x)
 
 
@@ -73,11 +85,14 @@ class CausalLM(Decoder):
     Args:
         config: Shape of the model.
         block: Makes the layer of an index.
+        stack: Makes what is called `model` of such layers.
     """
 
-    def __init__(self, config: ModelConfig, block: MakeBlock) -> None:
+    def __init__(
+        self, config: ModelConfig, block: MakeBlock, stack: MakeStack = DecoderStack
+    ) -> None:
         super().__init__(config)
-        self.model = DecoderStack(config, block)
+        self.model = stack(config, block)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size)
 
@@ -90,3 +105,17 @@ class CausalLM(Decoder):
         if self.lm_head is None:
             return self.model.embed_tokens.logits(hidden)
         return self.lm_head(hidden)
+
+
+def text_part(saved: SavedTensor) -> SavedTensor | None:
+    """A tensor of a multimodal checkpoint under the name it has in a text model; None if it
+    belongs to another modality."""
+    name = saved.name
+    for prefix in ("language_model.", "model.language_model."):
+        if name.startswith(prefix):
+            rest = name.removeprefix(prefix)
+            is_whole = rest.startswith(("model.", "lm_head."))
+            return saved._replace(name=rest if is_whole else f"model.{rest}")
+    parts = name.removeprefix("model.").partition(".")
+    others = ("vision_tower", "multi_modal_projector", "audio_tower", "embed_vision", "embed_audio")
+    return None if parts[0] in others else saved

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,22 @@ class Place(NamedTuple):
     kinds: frozenset[str]
     take: Callable[[Tensor], None]
     optional: bool = False
+
+
+class Packed(Protocol):
+    """A weight in the order of the CPU's kernels, see `vllm_models.native`."""
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[T, in_features] -> [T, out_features]."""
+        ...
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Some rows of the weight: [T] -> [T, in_features]."""
+        ...
+
+    def dequantize(self) -> Tensor:
+        """[out_features, in_features] float32."""
+        ...
 
 
 class LinearMethod(ABC):
@@ -63,8 +79,6 @@ class LinearMethod(ABC):
 class Dense(LinearMethod):
     """The weight as it is, [out_features, in_features]; on a CPU in the order of its kernels."""
 
-    packed: PackedDense | None = None
-
     def create(self, layer: Linear) -> None:
         """Add `weight`."""
         shape = (layer.out_features, layer.in_features)
@@ -80,25 +94,24 @@ class Dense(LinearMethod):
         """Reorder for the CPU's kernels, if there are any."""
         library = library_for(layer.weight)
         if library is not None:
-            self.packed = PackedDense(library, layer.weight)
-            layer.weight = nn.Parameter(self.packed.data, requires_grad=False)
-            if layer.bias is not None:
-                layer.bias = nn.Parameter(layer.bias.float(), requires_grad=False)
+            packed = PackedDense(library, layer.weight)
+            layer.weight = nn.Parameter(packed.data, requires_grad=False)
+            layer.keep_packed(packed)
 
     def apply(self, layer: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply by the transposed weight."""
-        if self.packed is not None:
-            return self.packed.matmul(x, bias)
+        if layer.packed is not None:
+            return layer.packed.matmul(x, bias)
         return F.linear(x, layer.weight, bias)
 
     def dequantize(self, layer: Linear) -> Tensor:
         """In float32."""
-        return layer.weight.float() if self.packed is None else self.packed.dequantize()
+        return layer.weight.float() if layer.packed is None else layer.packed.dequantize()
 
     def gather(self, layer: Linear, rows: Tensor) -> Tensor:
         """Plain lookup."""
-        if self.packed is not None:
-            return self.packed.gather(rows)
+        if layer.packed is not None:
+            return layer.packed.gather(rows)
         return F.embedding(rows, layer.weight)
 
 
@@ -114,6 +127,7 @@ class Linear(nn.Module):
     """
 
     weight: Tensor
+    packed: Packed | None = None
 
     def __init__(
         self, in_features: int, out_features: int | Mapping[str, int], bias: bool = False
@@ -133,6 +147,12 @@ class Linear(nn.Module):
             delattr(self, name)
         self.method = method
         method.create(self)
+
+    def keep_packed(self, packed: Packed) -> None:
+        """Multiply with the CPU's kernels from now on, which want biases in float32."""
+        self.packed = packed
+        if self.bias is not None:
+            self.bias = nn.Parameter(self.bias.float(), requires_grad=False)
 
     def rows(self, part: str) -> slice:
         """Which outputs are a part's."""

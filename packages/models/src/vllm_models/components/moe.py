@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from vllm_traits import ModelError
 
 from vllm_models.components.linear import Linear
+from vllm_models.weights.saved import SavedTensor
+
+_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a token chooses its experts.
+
+    Attributes:
+        num_experts: How many there are.
+        num_chosen: How many each token uses.
+        renormalize: Scale the weights of the chosen ones to a sum of 1.
+        is_sigmoid: Scores of experts do not depend on each other, and a learned correction is added
+            to them for the choice alone; otherwise they are a softmax.
+        num_groups: Experts are in groups of neighbours,
+        num_chosen_groups: of which those whose two best are best are chosen first.
+        scale: Multiplies the weights in the end.
+
+    Raises:
+        ModelError: More are to be chosen than there are.
+    """
+
+    num_experts: int
+    num_chosen: int
+    renormalize: bool
+    is_sigmoid: bool = False
+    num_groups: int = 1
+    num_chosen_groups: int = 1
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_experts % self.num_groups or self.num_chosen_groups > self.num_groups:
+            raise ModelError(
+                f"{self.num_experts} experts cannot be in {self.num_groups} groups of which a "
+                f"token chooses {self.num_chosen_groups}; correct n_group in config.json."
+            )
+        available = self.num_experts // self.num_groups * self.num_chosen_groups
+        if self.num_chosen > available:
+            raise ModelError(
+                f"A token cannot choose {self.num_chosen} of {available} experts; correct "
+                "num_experts_per_tok in config.json."
+            )
 
 
 class MixtureOfExperts(nn.Module):
@@ -16,35 +60,27 @@ class MixtureOfExperts(nn.Module):
 
     Args:
         width: Width of the model.
-        num_experts: How many there are.
-        num_chosen: How many each token uses.
-        renormalize: Scale the weights of the chosen ones to a sum of 1.
+        routing: How many experts there are and which a token uses.
         expert: Makes one: [N, M] -> [N, M].
         shared: One more that every token uses, behind a gate of its own.
-
-    Raises:
-        ModelError: More are to be chosen than there are.
     """
 
     def __init__(
         self,
         width: int,
-        num_experts: int,
-        num_chosen: int,
-        renormalize: bool,
+        routing: Routing,
         expert: Callable[[], nn.Module],
         shared: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if num_chosen > num_experts:
-            raise ModelError(
-                f"A token cannot choose {num_chosen} of {num_experts} experts; correct "
-                "num_experts_per_tok in config.json."
-            )
-        self.num_chosen = num_chosen
-        self.renormalize = renormalize
-        self.gate = Linear(width, num_experts)
-        self.experts = nn.ModuleList(expert() for _ in range(num_experts))
+        self.routing = routing
+        self.gate = Linear(width, routing.num_experts)
+        self.e_score_correction_bias = None
+        if routing.is_sigmoid:  # what is this close to a tie needs float32
+            self.gate.float()
+            correction = torch.empty(routing.num_experts, dtype=torch.float32)
+            self.e_score_correction_bias = nn.Parameter(correction, requires_grad=False)
+        self.experts = nn.ModuleList(expert() for _ in range(routing.num_experts))
         self.shared_expert = shared
         self.shared_expert_gate = Linear(width, 1) if shared is not None else None
 
@@ -56,15 +92,60 @@ class MixtureOfExperts(nn.Module):
         return out
 
     def _routed(self, x: Tensor) -> Tensor:
-        """Only experts that some token chose are computed, each once: [T, M] -> [T, M]."""
-        scores = self.gate(x).float().softmax(-1)  # [T, E]
-        weights, chosen = scores.topk(self.num_chosen)  # [T, num_chosen]
-        if self.renormalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        weights = weights.to(x.dtype)
-        out = torch.zeros_like(x)
-        for index in chosen.unique().tolist():
-            tokens, places = (chosen == index).nonzero(as_tuple=True)
-            answer = self.experts[index](x[tokens]) * weights[tokens, places, None]
-            out.index_add_(0, tokens, answer)
-        return out
+        """[T, M] -> [T, M]."""
+        if self.e_score_correction_bias is None:
+            scores = choice = self.gate(x).float().softmax(-1)  # [T, E]
+        else:
+            scores = self.gate(x.float()).sigmoid()
+            choice = scores + self.e_score_correction_bias
+        if self.routing.num_chosen_groups < self.routing.num_groups:
+            choice = self._in_best_groups(choice)
+        chosen = choice.topk(self.routing.num_chosen).indices  # [T, num_chosen]
+        weights = scores.gather(1, chosen)
+        if self.routing.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+        return mix(self.experts, x, (weights * self.routing.scale).to(x.dtype), chosen)
+
+    def _in_best_groups(self, choice: Tensor) -> Tensor:
+        """The scores [T, E], minus infinity outside of the chosen groups."""
+        groups = choice.unflatten(-1, (self.routing.num_groups, -1))  # [T, G, E/G]
+        best = groups.topk(min(2, groups.shape[-1])).values.sum(-1)  # [T, G]
+        kept = best.topk(self.routing.num_chosen_groups).indices
+        outside = torch.ones_like(best, dtype=torch.bool).scatter(1, kept, False)
+        return groups.masked_fill(outside[..., None], -torch.inf).flatten(1)
+
+
+def one_by_one(saved: SavedTensor) -> Iterable[SavedTensor]:
+    """Every expert's tensors, if a checkpoint has stacked them; blocks of weights as well."""
+    path, _, name = saved.name.removesuffix(".weight").rpartition(".experts.")
+    if name not in _STACKED:
+        yield saved
+        return
+    num_experts, num_rows, columns = saved.shape
+    parts = _STACKED[name]
+    size = num_rows // len(parts)
+    for expert in range(num_experts):
+        for index, part in enumerate(parts):
+            rows = slice(index * size, (index + 1) * size)
+            yield saved.part(
+                f"{path}.experts.{expert}.{part}.weight",
+                (size, columns),
+                lambda t, e=expert, r=rows: t.reshape(num_experts, num_rows, -1)[e, r],
+            )
+
+
+def mix(experts: nn.ModuleList, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """Weighted sum of the answers of each token's experts: [T, M] -> [T, M].
+
+    Args:
+        experts: Each [N, M] -> [N, M]; only those that some token chose are computed, each once.
+        x: [T, M].
+        weights: [T, num_chosen].
+        chosen: [T, num_chosen] which experts.
+    """
+    out = torch.zeros_like(x)
+    for index in chosen.unique().tolist():
+        tokens, places = (chosen == index).nonzero(as_tuple=True)
+        answer = experts[index](x[tokens]) * weights[tokens, places, None]
+        out.index_add_(0, tokens, answer)
+    return out

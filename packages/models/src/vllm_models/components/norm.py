@@ -19,3 +19,24 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
         return rms_norm(x, self.weight, self.eps)
+
+
+class OffsetRMSNorm(RMSNorm):
+    """The same, with weights that are saved as their difference from 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return rms_norm(x.float(), self.weight.float() + 1, self.eps).to(x.dtype)
+
+
+class UnitRMSNorm(nn.Module):
+    """The same without weights."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.width = width
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return rms_norm(x, torch.ones(self.width, dtype=x.dtype, device=x.device), self.eps)

@@ -1,8 +1,13 @@
-"""Angles of the rotary position embedding, and the scalings that stretch it to longer contexts."""
+"""Angles of the rotary position embedding, and the scalings that stretch it to longer contexts.
+
+A key stays in the KV cache with the angle that it got when it was computed, so a scaling does not
+change with the length that a sequence has reached.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +16,16 @@ from vllm_models.config import RopeConfig
 from vllm_models.kernels.rope import rope
 
 
-class Rotation(tuple[Tensor, Tensor]):
-    """Cosine and signed sine [T, 1, D] of a step's positions."""
+class Rotation(NamedTuple):
+    """Cosine and signed sine [T, 1, R] of a step's positions; R of the D numbers of a head turn."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate the heads of a step: [T, H, D] -> [T, H, D]."""
-        cos, sin = self
-        return rope(x, cos, sin)
+        return rope(x, self.cos, self.sin, self.interleaved)
 
 
 class RotaryEmbedding(nn.Module):
@@ -28,27 +36,44 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int, config: RopeConfig) -> None:
         super().__init__()
         frequencies, self.amplitude = rope_frequencies(head_dim, config)
+        self.interleaved = config.interleaved
         self.register_buffer("inverse_wavelengths", frequencies, persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        """[T] -> rotations [T, 1, D]; the angles are in float32."""
-        angles = positions[:, None, None].float() * self.inverse_wavelengths  # [T, 1, D/2]
+        """[T] -> rotations [T, 1, R]; the angles are in float32."""
+        angles = positions[:, None, None].float() * self.inverse_wavelengths  # [T, 1, R/2]
         cos, sin = angles.cos() * self.amplitude, angles.sin() * self.amplitude
-        return Rotation((torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)))
+        return Rotation(
+            self._arranged(cos, cos).to(dtype),
+            self._arranged(-sin, sin).to(dtype),
+            self.interleaved,
+        )
+
+    def _arranged(self, first: Tensor, second: Tensor) -> Tensor:
+        """The factors of the first and the second number of each pair, where the pairs are."""
+        if self.interleaved:
+            return torch.stack((first, second), -1).flatten(-2)
+        return torch.cat((first, second), -1)
 
 
 def rope_frequencies(head_dim: int, c: RopeConfig) -> tuple[Tensor, float]:
-    """Angle per position of each pair [head_dim / 2], and the factor of cosine and sine."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    """Angle per position of each pair that turns [R / 2], and the factor of cosine and sine."""
+    width = head_dim if c.kind == "proportional" else int(head_dim * c.rotated)
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width
     frequencies = 1.0 / c.theta**exponents
     match c.kind:
+        case "proportional":
+            still = torch.arange(width // 2, device="cpu") >= int(c.rotated * width // 2)
+            return frequencies.masked_fill(still, 0.0) / c.factor, 1.0
         case "linear":
             return frequencies / c.factor, 1.0
         case "llama3":
             return _llama3(frequencies, c), 1.0
         case "yarn":
-            default = 0.1 * math.log(c.factor) + 1.0 if c.factor > 1 else 1.0
-            return _yarn(frequencies, head_dim, c), c.attention_factor or default
+            return _yarn(frequencies, width, c), c.attention_factor or _yarn_amplitude(c)
+        case "longrope":
+            stretches = torch.tensor(c.stretches, dtype=torch.float32, device="cpu")
+            return 1.0 / (stretches * c.theta**exponents), c.attention_factor or 1.0
     return frequencies, 1.0
 
 
@@ -60,17 +85,28 @@ def _llama3(frequencies: Tensor, c: RopeConfig) -> Tensor:
     return frequencies / c.factor * (1 - keep) + frequencies * keep
 
 
-def _yarn(frequencies: Tensor, head_dim: int, c: RopeConfig) -> Tensor:
+def _yarn(frequencies: Tensor, width: int, c: RopeConfig) -> Tensor:
     """The same idea with a ramp over dimensions instead of wavelengths."""
 
     def dimension(turns: float) -> float:
         wavelength = c.original_max_position / (turns * 2 * math.pi)
-        return head_dim * math.log(wavelength) / (2 * math.log(c.theta))
+        return width * math.log(wavelength) / (2 * math.log(c.theta))
 
     low, high = dimension(c.beta_fast), dimension(c.beta_slow)
     if c.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    pairs = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
+    low, high = max(low, 0), min(high, width - 1)
+    pairs = torch.arange(width // 2, dtype=torch.float32, device="cpu")
     stretch = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
     return frequencies / c.factor * stretch + frequencies * (1 - stretch)
+
+
+def _yarn_amplitude(c: RopeConfig) -> float:
+    if c.mscale and c.mscale_all_dim:
+        return yarn_growth(c.factor, c.mscale) / yarn_growth(c.factor, c.mscale_all_dim)
+    return yarn_growth(c.factor, 1.0)
+
+
+def yarn_growth(factor: float, weight: float) -> float:
+    """By how much yarn sharpens attention that looks over a longer context."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

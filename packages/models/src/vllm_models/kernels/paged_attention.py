@@ -1,15 +1,15 @@
 """Causal attention of a ragged batch over KV blocks.
 
-q [T, H, D]; keys, values [B, P, K, D] -> [T, H, D]. Every sequence owns a span of consecutive
-queries, the last `num_queries` positions of its context. With a window of W, a query sees the W
-positions that end with its own:
+q [T, H, D]; keys [B, P, K, D]; values [B, P, K, W] -> [T, H, W]. Every sequence owns a span of
+consecutive queries, the last `num_queries` positions of its context. With a window of W, a query
+sees the W positions that end with its own:
 
     positions   0 ........ context_length - num_queries ........ context_length - 1
                 [ read from blocks only ][ queries of this step, written before ]
 
-`prepare` is called once per step, `paged_attention` once per layer. Spans of a few queries (decodes
-and drafts) are computed together, padded to the longest context of their group; longer spans
-(prompts) one by one.
+`prepare` is called once per step and window, `paged_attention` once per layer. Spans of a few
+queries (decodes and drafts) are computed together, padded to the longest context of their group;
+longer spans (prompts) one by one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_models.native.attention import Spans, attend
+from vllm_models.native.library import loaded
+
 SHORT_SPAN = 4  # queries; above it a span is worth a call of its own
+MAX_SCORES = 1 << 24  # held at once where scores are computed step by step
 GROUP_POSITIONS = 8192  # gathered per group: keeps the gathered keys in the processor's cache
 
 
@@ -56,8 +60,21 @@ class Prompt(NamedTuple):
     mask: Tensor | None  # [num_queries, context_length]; None is the plain triangle
 
 
+class Scoring(NamedTuple):
+    """How queries and keys make weights; see `paged_attention`."""
+
+    scale: float
+    soft_cap: float
+    sinks: Tensor | None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the scores are a softmax of products and nothing else."""
+        return not self.soft_cap and self.sinks is None
+
+
 class Prepared(NamedTuple):
-    """The shape of a step's attention, the same in every layer."""
+    """The shape of a step's attention, the same in every layer of one window."""
 
     groups: tuple[Group, ...]
     prompts: tuple[Prompt, ...]
@@ -94,6 +111,11 @@ def prepare(
         place += num_queries
     groups = _group(singles, block_tables, block_size, dtype, window, in_order=not prompts)
     return Prepared(tuple(groups), tuple(prompts))
+
+
+def prepare_native(spans: Sequence[Span], block_tables: Tensor, window: int = 0) -> Spans:
+    """The same for keys and values in the order of the CPU's kernels."""
+    return Spans(torch.tensor(spans, dtype=torch.int64), block_tables, window)
 
 
 def _mask(num_queries: int, length: int, window: int, dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -140,61 +162,102 @@ def _group(
 
 
 def paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor, prepared: Prepared, scale: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prepared: Prepared | Spans,
+    scale: float,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attend from every query of the step to the blocks of its sequence.
+    """Attend from every query of the step to the blocks of its sequence: [T, H, W].
 
     Args:
         q: [T, H, D].
         keys: [B, P, K, D].
-        values: [B, P, K, D].
+        values: [B, P, K, W].
         prepared: From `prepare`.
         scale: Multiplies the scores.
+        soft_cap: Scores s become cap * tanh(s / cap); 0 leaves them.
+        sinks: [H] a score of nothing, beside those of the keys.
     """
+    if isinstance(prepared, Spans):
+        return attend(loaded(), q, keys, values, prepared, scale, soft_cap, sinks)
     groups, prompts = prepared
+    scoring = Scoring(scale, soft_cap, sinks)
     if len(groups) == 1 and groups[0].queries is None:
-        return _attend_group(q, keys, values, groups[0], scale)
-    out = torch.empty_like(q)
+        return _attend_group(q, keys, values, groups[0], scoring)
+    out = q.new_empty((*q.shape[:2], values.shape[3]))
     for group in groups:
         members = q.index_select(0, group.queries)
-        out.index_copy_(0, group.queries, _attend_group(members, keys, values, group, scale))
+        out.index_copy_(0, group.queries, _attend_group(members, keys, values, group, scoring))
     for prompt in prompts:
-        out[prompt.queries] = _attend_prompt(q[prompt.queries], keys, values, prompt, scale)
+        out[prompt.queries] = _attend_prompt(q[prompt.queries], keys, values, prompt, scoring)
     return out
 
 
-def _attend_group(q: Tensor, keys: Tensor, values: Tensor, group: Group, scale: float) -> Tensor:
+def _attend_group(q: Tensor, keys: Tensor, values: Tensor, group: Group, how: Scoring) -> Tensor:
     """The query heads of one kv head stand in the place of query positions: nothing is repeated."""
-    num_queries, num_kv_heads, head_dim = len(q), keys.shape[2], keys.shape[3]
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads = keys.shape[2]
     folded = q.reshape(num_queries, num_kv_heads, -1, head_dim)  # [G, K, H/K, D]
-    shape = (num_queries, -1, num_kv_heads, head_dim)
-    k = keys.index_select(0, group.blocks).view(shape).transpose(1, 2)  # [G, K, N*P, D]
-    v = values.index_select(0, group.blocks).view(shape).transpose(1, 2)
+    shape = (num_queries, -1, num_kv_heads)
+    k = keys.index_select(0, group.blocks).view(*shape, head_dim).transpose(1, 2)  # [G, K, N*P, D]
+    v = values.index_select(0, group.blocks).view(*shape, values.shape[3]).transpose(1, 2)
     mask = group.mask.expand(-1, 1, folded.shape[2], -1)
-    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale).view(q.shape)
+    sinks = None if how.sinks is None else how.sinks.view(num_kv_heads, -1, 1)
+    if how.is_plain:
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=how.scale)
+    else:
+        out = _attend(folded, k, v, mask, how._replace(sinks=sinks))
+    return out.reshape(num_queries, num_heads, values.shape[3])
 
 
-def _attend_prompt(q: Tensor, keys: Tensor, values: Tensor, prompt: Prompt, scale: float) -> Tensor:
+def _attend_prompt(q: Tensor, keys: Tensor, values: Tensor, prompt: Prompt, how: Scoring) -> Tensor:
     """Kv heads stand in the place of the batch, and each is shared by its query heads."""
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[2]
     length = prompt.context_length
-    shared = (num_kv_heads, num_heads // num_kv_heads, length, head_dim)
+    shared = (num_kv_heads, num_heads // num_kv_heads, length, -1)
     folded = q.transpose(0, 1).reshape(num_kv_heads, -1, num_queries, head_dim)  # [K, H/K, T, D]
     k = keys.index_select(0, prompt.blocks).flatten(0, 1)[:length].transpose(0, 1)  # [K, L, D]
     v = values.index_select(0, prompt.blocks).flatten(0, 1)[:length].transpose(0, 1)
-    out = F.scaled_dot_product_attention(
-        folded,
-        k[:, None].expand(shared),
-        v[:, None].expand(shared),
-        attn_mask=prompt.mask,
-        is_causal=prompt.mask is None,
-        scale=scale,
-    )
+    if how.is_plain:
+        out = F.scaled_dot_product_attention(
+            folded,
+            k[:, None].expand(shared),
+            v[:, None].expand(shared),
+            attn_mask=prompt.mask,
+            is_causal=prompt.mask is None,
+            scale=how.scale,
+        )
+    else:
+        mask = _mask(num_queries, length, 0, q.dtype, q) if prompt.mask is None else prompt.mask
+        sinks = None if how.sinks is None else how.sinks.view(num_kv_heads, -1, 1, 1)
+        size = max(1, MAX_SCORES // (num_heads * length))  # queries at once
+        pieces = zip(folded.split(size, dim=2), mask.split(size), strict=True)
+        how = how._replace(sinks=sinks)
+        out = torch.cat([_attend(x, k[:, None], v[:, None], m, how) for x, m in pieces], dim=2)
     return out.flatten(0, 1).transpose(0, 1)
 
 
-def reference(
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, how: Scoring) -> Tensor:
+    """The steps one by one, in float32: [..., N, D] -> [..., N, W].
+
+    A sink is one more key, which takes its share of the weights and has no value.
+    """
+    scores = (q @ k.transpose(-1, -2)).float() * how.scale  # [..., N, L]
+    if how.soft_cap:
+        scores = (scores / how.soft_cap).tanh_().mul_(how.soft_cap)
+    scores = scores + mask
+    if how.sinks is not None:
+        sinks = how.sinks.float().expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = scores.softmax(-1)[..., : k.shape[-2]]
+    return weights.to(v.dtype) @ v
+
+
+def reference(  # noqa: PLR0913 - those of the operator and of `prepare`
     q: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -202,9 +265,11 @@ def reference(
     block_tables: Tensor,
     scale: float,
     window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The textbook form: one query and one head at a time, in float32."""
-    out, place = torch.empty_like(q), 0
+    out, place = q.new_empty((*q.shape[:2], values.shape[3])), 0
     repeats = q.shape[1] // keys.shape[2]
     for row, num_queries, length in spans:
         k, v = (kv[block_tables[row]].flatten(0, 1).float() for kv in (keys, values))
@@ -213,6 +278,10 @@ def reference(
             seen = slice(max(0, end - window) if window else 0, end)
             for head in range(q.shape[1]):
                 scores = k[seen, head // repeats] @ q[place, head].float() * scale
-                out[place, head] = scores.softmax(0) @ v[seen, head // repeats]
+                if soft_cap:
+                    scores = soft_cap * torch.tanh(scores / soft_cap)
+                weights = scores.exp()
+                total = weights.sum() + (0 if sinks is None else sinks[head].float().exp())
+                out[place, head] = weights / total @ v[seen, head // repeats]
             place += 1
     return out

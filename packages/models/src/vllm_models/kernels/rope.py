@@ -1,7 +1,8 @@
-"""Rotary position embedding: rotate each pair (x[i], x[i + D/2]) of a head by its position's angle.
+"""Rotary position embedding: rotate pairs of numbers of a head by its position's angle.
 
-x [T, H, D]; cos and sin [T, 1, D], where sin carries the sign of the rotation: its first half is
-negated, so that y = x * cos + swap_halves(x) * sin.
+x [T, H, D]; cos and sin [T, 1, R]: the first R numbers of a head turn. Pairs are (x[i], x[i + R/2]),
+or interleaved (x[2i], x[2i + 1]). sin carries the sign of the rotation: it is negated where the
+first of a pair stands, so that y = x * cos + x with exchanged pairs * sin.
 """
 
 from __future__ import annotations
@@ -10,14 +11,25 @@ import torch
 from torch import Tensor
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate all heads of all tokens."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    width = cos.shape[-1]
+    turned = x[..., :width]
+    if interleaved:
+        exchanged = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        exchanged = turned.roll(width // 2, dims=-1)
+    out = torch.addcmul(turned * cos, exchanged, sin)
+    return out if width == x.shape[-1] else torch.cat((out, x[..., width:]), dim=-1)
 
 
-def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """The textbook form, pair by pair."""
-    first, second = x.float().chunk(2, dim=-1)
-    cosine, sine = cos.float().chunk(2, dim=-1)[0], sin.float().chunk(2, dim=-1)[1]
-    rotated = (first * cosine - second * sine, second * cosine + first * sine)
-    return torch.cat(rotated, dim=-1).to(x.dtype)
+    out, width = x.float().clone(), cos.shape[-1]
+    for pair in range(width // 2):
+        first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + width // 2)
+        cosine, sine = cos[..., first].float(), sin[..., second].float()
+        a, b = x[..., first].float(), x[..., second].float()
+        out[..., first] = a * cosine - b * sine
+        out[..., second] = b * cosine + a * sine
+    return out.to(x.dtype)

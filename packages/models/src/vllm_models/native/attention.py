@@ -1,7 +1,9 @@
 """Paged attention and KV writes in C; the layout of the KV is told in attention.h.
 
-The pool's tensors keep their usual shape [B, P, K, D]; within a block the elements stand in the
-order that the kernels want.
+With units of 32 bits (U = 2 bf16 numbers, or 1 float32) the pool's tensors are
+
+    keys    [B, K, P / 16, D / U, 16, U]
+    values  [B, K, P / U, W, U]
 """
 
 from __future__ import annotations
@@ -67,9 +69,19 @@ def fits(block_size: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> b
         dtype in (torch.bfloat16, torch.float32)
         and block_size % LANES == 0
         and key_dim % 2 == 0
+        and value_dim > 0
         and value_dim % LANES == 0
         and max(key_dim, value_dim) <= MAX_DIM
     )
+
+
+def block_shapes(
+    block_size: int, num_kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the keys and of the values of one block."""
+    unit = 4 // dtype.itemsize
+    keys = (num_kv_heads, block_size // LANES, key_dim // unit, LANES, unit)
+    return keys, (num_kv_heads, block_size // unit, value_dim, unit)
 
 
 def attend(
@@ -87,20 +99,22 @@ def attend(
     Args:
         library: The kernels.
         q: [T, H, D]; a token's heads are neighbours, tokens may be apart.
-        keys: [B, P, K, D] in the kernels' order.
-        values: [B, P, K, W] in the kernels' order.
+        keys: As told above.
+        values: As told above.
         spans: Queries, tables and window.
         scale: Of the scores.
         soft_cap: Scores s become cap * tanh(s / cap); 0 leaves them.
-        sinks: [H] float32: a score of nothing, beside those of the keys.
+        sinks: [H]: a score of nothing, beside those of the keys.
 
     Raises:
         MemoryError: None is left for the partial sums.
     """
     (num_tokens, num_heads, key_dim), dtype = q.shape, q.dtype
-    block_size, num_kv_heads, value_dim = values.shape[1:]
+    num_kv_heads, value_dim = values.shape[1], values.shape[3]
+    block_size = keys.shape[2] * LANES
     out = torch.empty((num_tokens, num_heads, value_dim), dtype=dtype)
     per_unit = 4 // q.element_size()
+    sinks = None if sinks is None else sinks.float()
     call = _Attention(
         *(out.data_ptr(), q.data_ptr(), keys.data_ptr(), values.data_ptr()),
         *(spans.tables.data_ptr(), None if sinks is None else sinks.data_ptr()),
@@ -124,14 +138,21 @@ def write_kv(
         library: The kernels.
         k: [T, K, D]; a token's heads are neighbours.
         v: [T, K, W], or None where values are read from the keys.
-        keys: [B, P, K, D] in the kernels' order.
-        values: [B, P, K, W] in the kernels' order.
+        keys: As told above.
+        values: As told above.
         slots: [T] int64: block * P + offset.
     """
     num_tokens, num_kv_heads, key_dim = k.shape
     call = _KVWrite(
         *(keys.data_ptr(), values.data_ptr(), k.data_ptr(), None if v is None else v.data_ptr()),
-        *(slots.data_ptr(), num_tokens, num_kv_heads, key_dim, values.shape[3], keys.shape[1]),
+        *(
+            slots.data_ptr(),
+            num_tokens,
+            num_kv_heads,
+            key_dim,
+            values.shape[3],
+            keys.shape[2] * LANES,
+        ),
         *(k.stride(0), 0 if v is None else v.stride(0)),
     )
     write = library.kv_write_bf16 if k.dtype == torch.bfloat16 else library.kv_write_f32

@@ -6,39 +6,53 @@
 #include <math.h>
 
 #include "blocks.h"
+#include "segments.h"
 
 /* Quantize one run. What is not finite makes the scale so, and with it every result of the row. */
-static void quantize_run(const float *x, int8_t *codes, float *scale, int32_t *sums) {
-    uint32_t bits[RUN], largest = 0;
-    memcpy(bits, x, sizeof bits);
+static void quantize_run(const float *restrict x, int8_t *restrict codes, float *restrict scale,
+                         int32_t *restrict sums) {
+    uint32_t largest = 0;
     for (int i = 0; i < RUN; i++) {
-        uint32_t magnitude = bits[i] & 0x7fffffff;
+        uint32_t magnitude = float_bits(x[i]) & 0x7fffffff;
         largest = magnitude > largest ? magnitude : largest;
     }
-    float limit;
-    memcpy(&limit, &largest, sizeof limit);
-    float inverse = limit > 1e-30f && limit < INFINITY ? 127.0f / limit : 0.0f;
+    const float limit = float_of_bits(largest);
+    const float inverse = limit > 1e-30f && limit < INFINITY ? 127.0f / limit : 0.0f;
     *scale = limit / 127.0f;
-    for (int i = 0; i < RUN; i++)
-        codes[i] = inverse == 0.0f ? 0 : (int8_t)(int32_t)rintf(x[i] * inverse);
+    int32_t rounded[RUN];
+    for (int i = 0; i < RUN; i++) rounded[i] = (int32_t)rintf(x[i] * inverse);
+    if (inverse == 0.0f) memset(rounded, 0, sizeof rounded);
+    for (int i = 0; i < RUN; i++) codes[i] = (int8_t)rounded[i];
     for (int half = 0; half < 2; half++) {
         int32_t sum = 0;
-        for (int i = 0; i < 16; i++) sum += codes[half * 16 + i];
+        for (int i = 0; i < 16; i++) sum += rounded[half * 16 + i];
         sums[half] = sum;
     }
 }
 
-static void quantize_piece(const activations *a, const matrix *x, int64_t row, int64_t first,
-                           int64_t columns) {
+/* One run of a row in float32, with zeros after its end. */
+INLINE void load_run(const matrix *x, int64_t place, int64_t count, float *restrict to) {
+    uint16_t halves[RUN] = {0}; /* zero is the same in both types */
+    if (x->type == FLOAT32) {
+        if (count < RUN) memset(to, 0, RUN * sizeof *to);
+        memcpy(to, (const float *)x->data + place, (size_t)count * sizeof *to);
+        return;
+    }
+    memcpy(halves, (const uint16_t *)x->data + place, (size_t)count * sizeof *halves);
+    for (int i = 0; i < RUN; i++) to[i] = bf16_to_float(halves[i]);
+}
+
+/* One piece of a row of x, as part of a row of the activations. */
+static void quantize_piece(const activations *a, const matrix *x, int64_t from, int64_t row,
+                           int64_t first, int64_t columns) {
     for (int64_t run = first / RUN; run < (first + PIECE) / RUN; run++) {
-        float values[RUN] = {0};
-        int64_t count = smaller(RUN, columns - run * RUN), place = row * x->stride + run * RUN;
-        if (x->type == FLOAT32 && count > 0)
-            memcpy(values, (float *)x->data + place, (size_t)count * sizeof *values);
+        float values[RUN];
+        int64_t place = from * x->stride + run * RUN, number = row * (a->columns / RUN) + run;
+        int64_t count = smaller(RUN, columns - run * RUN);
+        if (count == RUN) /* a known number, so that the compiler makes no loop of it */
+            load_run(x, place, RUN, values);
         else
-            for (int64_t i = 0; i < count; i++)
-                values[i] = bf16_to_float(((uint16_t *)x->data)[place + i]);
-        int64_t number = row * (a->columns / RUN) + run;
+            load_run(x, place, count > 0 ? count : 0, values);
         quantize_run(values, a->codes + number * RUN, a->scales + number, a->sums + number * 2);
     }
 }
@@ -56,40 +70,64 @@ static void panel_of(const blocks_weight *w, int64_t panel, const activations *a
                 smaller(PANEL, w->outputs - column));
 }
 
-/* Memory for the activations of a call. */
-static activations room_for(int64_t rows, int64_t columns) {
+/* Memory for the activations of a call, behind `before` bytes of something else. */
+static activations room_for(int64_t rows, int64_t columns, size_t before) {
     activations a = {NULL, NULL, NULL, divide_up(columns, PIECE) * PIECE};
     int64_t numbers = rows * a.columns;
-    a.codes = scratch((size_t)(numbers + numbers / RUN * 4 + numbers / 16 * 4));
-    if (a.codes != NULL) {
-        a.scales = (float *)(a.codes + numbers);
+    int8_t *memory = scratch(before + (size_t)(numbers + numbers / RUN * 4 + numbers / 16 * 4));
+    if (memory != NULL) {
+        a.scales = (float *)(memory + before);
         a.sums = (int32_t *)(a.scales + numbers / RUN);
+        a.codes = (int8_t *)(a.sums + numbers / 16);
     }
     return a;
 }
 
-/* out[:, offset..] = x [rows, columns] W^T + b for each of the parts, which all have as many columns;
-   b may be NULL. Returns 0, or 1 if memory is short. */
-int blocks_linear(const blocks_weight *parts, int64_t num_parts, void *x_data, int64_t x_stride,
-                  int64_t x_type, const float *bias, void *out_data, int64_t out_stride,
-                  int64_t out_type, int64_t rows) {
+/* out [rows, ..] = x [rows, columns] W^T + b for each part of a weight at its offset; all parts have as
+   many columns. Rows starts[e] to starts[e + 1] are multiplied by the parts of expert e, which are
+   neighbours, and get the bias at e * width. The bias may be NULL. Row i of x is x[index[i]] if there
+   is an index. Returns 0, or 1 if memory is short. */
+int blocks_experts(const blocks_weight *weights, int64_t num_parts, int64_t num_experts,
+                   const int64_t *starts, const int64_t *index, void *x_data, int64_t x_stride,
+                   int64_t x_type, const float *bias, void *out_data, int64_t out_stride,
+                   int64_t out_type) {
     const matrix x = {x_data, x_stride, x_type}, out = {out_data, out_stride, out_type};
-    activations a = room_for(rows, parts->columns);
+    int64_t rows = starts[num_experts], panels = 0, width = 0;
+    for (int64_t part = 0; part < num_parts; part++) {
+        panels += divide_up(weights[part].outputs, PANEL);
+        width += weights[part].outputs;
+    }
+    size_t room = (size_t)(num_experts + 1) * sizeof(segment);
+    activations a = room_for(rows, weights->columns, room);
     if (a.codes == NULL) return 1;
-    int64_t pieces = a.columns / PIECE, groups = divide_up(rows, MAX_ROWS), panels = 0;
-    for (int64_t part = 0; part < num_parts; part++) panels += divide_up(parts[part].outputs, PANEL);
+    segment *segments = (segment *)((int8_t *)a.scales - room);
+    int64_t count = find_segments(starts, num_experts, panels, segments);
+    int64_t pieces = a.columns / PIECE;
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows * pieces; i++)
-            quantize_piece(&a, &x, i / pieces, i % pieces * PIECE, parts->columns);
-#pragma omp for schedule(dynamic)
-        for (int64_t unit = 0; unit < panels * groups; unit++) {
-            int64_t group = unit / panels, panel = unit % panels, first = rows * group / groups;
-            const blocks_weight *w = parts;
-            while (panel >= divide_up(w->outputs, PANEL)) panel -= divide_up((w++)->outputs, PANEL);
-            panel_of(w, panel, &a, first, rows * (group + 1) / groups - first, bias, &out);
+        for (int64_t i = 0; i < rows * pieces; i++) {
+            int64_t row = i / pieces;
+            quantize_piece(&a, &x, index ? index[row] : row, row, i % pieces * PIECE,
+                           weights->columns);
+        }
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t number = 0; number < segments[count].unit; number++) {
+            unit u = find_unit(segments, count, panels, number);
+            const blocks_weight *w = weights + u.expert * num_parts;
+            for (; u.panel >= divide_up(w->outputs, PANEL); w++)
+                u.panel -= divide_up(w->outputs, PANEL);
+            panel_of(w, u.panel, &a, u.first, u.rows, bias ? bias + u.expert * width : NULL, &out);
         }
     }
     return 0;
+}
+
+/* The same with one weight for all rows. */
+int blocks_linear(const blocks_weight *parts, int64_t num_parts, void *x_data, int64_t x_stride,
+                  int64_t x_type, const float *bias, void *out_data, int64_t out_stride,
+                  int64_t out_type, int64_t rows) {
+    const int64_t starts[2] = {0, rows};
+    return blocks_experts(parts, num_parts, 1, starts, NULL, x_data, x_stride, x_type, bias,
+                          out_data, out_stride, out_type);
 }

@@ -60,6 +60,17 @@ class PackedBlocks:
         self._arguments = (address(self._weights), len(parts))
 
     @property
+    def weights(self) -> list[_Weight]:
+        """What the kernels are told of each."""
+        return list(self._weights)
+
+    @property
+    def data(self) -> Tensor:
+        """The memory of the only weight, uint8."""
+        [(_, data)] = self._parts
+        return data
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed weights."""
         return sum(data.numel() for _, data in self._parts)
@@ -126,18 +137,28 @@ def pack_grouped(
         library: The kernels.
         codes: [outputs, columns] uint8, below 2 ** bits; signed codes are given with their zero
             added.
-        scales: [outputs, G] float16 or bfloat16, where columns / G is one of SPANS, or a multiple
-            of 128, or G is 1 and columns any number.
+        scales: [outputs, G] float16, bfloat16, or float32, which is rounded to float16 unless
+            bfloat16 holds it; columns / G is one of SPANS, or a multiple of 128, or G is 1 and
+            columns any number.
         zero_points: [outputs, G]; integers, or what float16 holds exactly.
         bits: 4 or 8.
     """
     columns = codes.shape[1]
+    scales = _short(scales)
     scales, zero_points, span = _spread(scales, zero_points, columns)
     kind = 1 if scales.dtype == torch.bfloat16 else 0
     weight, data = _empty(library, (len(codes), columns), _GROUPED[bits], span, kind)
     kept = (codes.contiguous(), scales.contiguous(), zero_points.to(torch.float16).contiguous())
     library.grouped_pack(address(weight), *(tensor.data_ptr() for tensor in kept))
     return PackedBlocks(library, [(weight, data)])
+
+
+def _short(scales: Tensor) -> Tensor:
+    """Scales of 16 bits."""
+    if scales.dtype != torch.float32:
+        return scales
+    brief = scales.bfloat16()
+    return brief if torch.equal(brief.float(), scales) else scales.half()
 
 
 def _spread(scales: Tensor, zero_points: Tensor, columns: int) -> tuple[Tensor, Tensor, int]:

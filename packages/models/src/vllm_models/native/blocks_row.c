@@ -1,7 +1,7 @@
 /* Quantized weights by one row of activations: every code is read once, straight into the product. */
 #include "blocks.h"
 
-#define AHEAD 4096 /* bytes of prefetch */
+#define AHEAD 8192 /* bytes of prefetch */
 
 /* One row, one vector, one record. */
 INLINE vfloat record_row(const format *f, const blocks_weight *w, const uint8_t *record,

@@ -43,43 +43,52 @@ INLINE void tile(const unpacked *u, int64_t runs, const activations *a, int64_t 
                  float *sums, const int rows, const int group, const int zero, const int wide,
                  const int mins) {
     const int parts = RUN / group;
+    const size_t width = (size_t)a->columns;
+    const int8_t *x = a->codes + place;
+    const float *scales = a->scales + place / RUN;
+    const int32_t *halves = a->sums + place / 16;
     for (int64_t g = 0; g < runs * parts; g++) {
-        int64_t column = place + g * group;
         vint product[ROWS][TILE_VECTORS];
         int32_t total[ROWS];
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-            total[r] = group_sum(a->sums + (column + r * a->columns) / 16, group);
+            total[r] = group_sum(halves + r * (width / 16), group);
 #pragma GCC unroll 4
             for (int v = 0; v < TILE_VECTORS; v++) product[r][v] = start_of(total[r], zero, wide);
         }
+        const uint8_t *codes = u->codes[g * group / 4][first];
 #pragma GCC unroll 8
-        for (int four = 0; four < group / 4; four++) {
-            const uint8_t *codes = u->codes[g * group / 4 + four][first];
+        for (int four = 0; four < group / 4; four++, codes += PANEL * 4) {
             vbytes w[TILE_VECTORS];
 #pragma GCC unroll 4
             for (int v = 0; v < TILE_VECTORS; v++) w[v] = vb_load(codes + v * 64);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
-                int32_t x = four_codes(a->codes + column + r * a->columns + four * 4);
+                int32_t one = four_codes(x + r * width + four * 4);
 #pragma GCC unroll 4
-                for (int v = 0; v < TILE_VECTORS; v++) product[r][v] = dot(product[r][v], w[v], x, wide);
+                for (int v = 0; v < TILE_VECTORS; v++)
+                    product[r][v] = dot(product[r][v], w[v], one, wide);
             }
         }
+        /* The registers hold the products; without this the sums would be kept there as well. */
+        __asm__ volatile("" ::: "memory");
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-            float x = a->scales[(column + r * a->columns) / RUN];
+            const float scale = scales[r * (width / RUN)];
+            const vfloat by = vf_set(scale), less = vf_set(scale * (float)total[r]);
 #pragma GCC unroll 4
             for (int v = 0; v < TILE_VECTORS; v++) {
-                const int64_t output = (first + v) * WIDTH;
+                const int output = (first + v) * WIDTH;
                 float *sum = sums + r * PANEL + output;
-                vfloat scale = vf_mul(vf_load(u->scales[g] + output), vf_set(x));
-                vfloat next = vf_fma(vf_from_int(product[r][v]), scale, vf_load(sum));
-                if (mins)
-                    next = vf_fnma(vf_load(u->mins[g] + output), vf_set(x * (float)total[r]), next);
+                vfloat weight = vf_mul(vf_load(u->scales[g] + output), by);
+                vfloat next = vf_fma(vf_from_int(product[r][v]), weight, vf_load(sum));
+                if (mins) next = vf_fnma(vf_load(u->mins[g] + output), less, next);
                 vf_store(sum, next);
             }
         }
+        x += group;
+        halves += group / 16;
+        scales += parts == 1 ? 1 : g % 2;
     }
 }
 

@@ -5,7 +5,7 @@
        [panel][step][vector 0..3][output 0..15][4 bytes]
 
    where a step is two columns of bf16 or one of f32. Activations are rounded to the weights' type. */
-#include "linear.h"
+#include "segments.h"
 
 #define STEP_BYTES (VECTORS * 64)
 #define STEPS_AT_ONCE 64 /* of one panel: 16 KB, stays in the nearest cache while every row uses it */
@@ -128,36 +128,47 @@ static int is_ready(const dense_weight *w, const matrix *x) {
     return w->type == FLOAT32 || (w->columns % 2 == 0 && x->stride % 2 == 0);
 }
 
-/* out [rows, outputs] = x [rows, columns] W^T + b, where b may be NULL. Returns 0, or 1 if memory is
-   short. */
-int dense_linear(const dense_weight *w, void *x_data, int64_t x_stride, int64_t x_type,
-                 const float *bias, void *out_data, int64_t out_stride, int64_t out_type,
-                 int64_t rows) {
+/* out [rows, outputs] = x [rows, columns] W^T + b, where rows starts[e] to starts[e + 1] are multiplied
+   by weights[e], of the same shape and type, and get the bias at e * outputs. The bias may be NULL.
+   Row i of x is x[index[i]] if there is an index. Returns 0, or 1 if memory is short. */
+int dense_experts(const dense_weight *weights, int64_t num_experts, const int64_t *starts,
+                  const int64_t *index, void *x_data, int64_t x_stride, int64_t x_type,
+                  const float *bias, void *out_data, int64_t out_stride, int64_t out_type) {
     const matrix x = {x_data, x_stride, x_type}, out = {out_data, out_stride, out_type};
-    int64_t steps = steps_of(w), stride = w->type == BFLOAT16 ? x.stride / 2 : x.stride;
-    const uint32_t *ready = x.data;
-    uint32_t *converted = NULL;
-    if (!is_ready(w, &x)) {
-        stride = steps;
-        ready = converted = scratch((size_t)(rows * steps) * 4);
-        if (converted == NULL) return 1;
-    }
-    int64_t panels = divide_up(w->outputs, PANEL), groups = divide_up(rows, MAX_ROWS);
+    int64_t rows = starts[num_experts], steps = steps_of(weights);
+    int64_t panels = divide_up(weights->outputs, PANEL);
+    int is_copied = index != NULL || !is_ready(weights, &x);
+    int64_t stride = is_copied ? steps : weights->type == BFLOAT16 ? x.stride / 2 : x.stride;
+    size_t room = (size_t)(num_experts + 1) * sizeof(segment);
+    segment *segments = scratch(room + (is_copied ? (size_t)(rows * steps) * 4 : 0));
+    if (segments == NULL) return 1;
+    uint32_t *copied = (uint32_t *)(segments + num_experts + 1);
+    const uint32_t *ready = is_copied ? copied : x.data;
+    int64_t count = find_segments(starts, num_experts, panels, segments);
 #pragma omp parallel
     {
-        if (converted != NULL) {
+        if (is_copied) {
 #pragma omp for
             for (int64_t row = 0; row < rows; row++)
-                convert_row(w, &x, row, converted + row * steps);
+                convert_row(weights, &x, index ? index[row] : row, copied + row * steps);
         }
-#pragma omp for schedule(dynamic)
-        for (int64_t unit = 0; unit < panels * groups; unit++) {
-            int64_t group = unit / panels, first = rows * group / groups;
-            panel_rows(w, unit % panels, ready, stride, first, rows * (group + 1) / groups - first,
-                       bias, &out);
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t number = 0; number < segments[count].unit; number++) {
+            unit u = find_unit(segments, count, panels, number);
+            panel_rows(weights + u.expert, u.panel, ready, stride, u.first, u.rows,
+                       bias ? bias + u.expert * weights->outputs : NULL, &out);
         }
     }
     return 0;
+}
+
+/* The same with one weight for all rows. */
+int dense_linear(const dense_weight *w, void *x_data, int64_t x_stride, int64_t x_type,
+                 const float *bias, void *out_data, int64_t out_stride, int64_t out_type,
+                 int64_t rows) {
+    const int64_t starts[2] = {0, rows};
+    return dense_experts(w, 1, starts, NULL, x_data, x_stride, x_type, bias, out_data, out_stride,
+                         out_type);
 }
 
 /* Put [outputs, columns] row-major weights into w->data, which is whole panels long. */

@@ -46,6 +46,11 @@ class PackedDense:
         library.dense_pack(*self._arguments, weight.data_ptr())
 
     @property
+    def weight(self) -> _Weight:
+        """What the kernels are told of it."""
+        return self._weight
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed weight."""
         return self.data.numel()

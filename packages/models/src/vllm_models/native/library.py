@@ -24,8 +24,16 @@ _MATRIX = (_POINTER, _INT, _INT)  # data, numbers from row to row, type
 
 _FUNCTIONS: dict[str, tuple[tuple[type, ...], type | None]] = {
     "dense_linear": ((_POINTER, *_MATRIX, _POINTER, *_MATRIX, _INT), ctypes.c_int),
+    "dense_experts": (
+        (_POINTER, _INT, _POINTER, _POINTER, *_MATRIX, _POINTER, *_MATRIX),
+        ctypes.c_int,
+    ),
     "dense_pack": ((_POINTER, _POINTER), None),
     "blocks_linear": ((_POINTER, _INT, *_MATRIX, _POINTER, *_MATRIX, _INT), ctypes.c_int),
+    "blocks_experts": (
+        (_POINTER, _INT, _INT, _POINTER, _POINTER, *_MATRIX, _POINTER, *_MATRIX),
+        ctypes.c_int,
+    ),
     "blocks_bytes": ((_POINTER,), _INT),
     "blocks_pack": ((_POINTER, _POINTER), None),
     "grouped_pack": ((_POINTER, _POINTER, _POINTER, _POINTER), None),
@@ -52,8 +60,10 @@ class Library:
             function = getattr(loaded, name)
             function.argtypes, function.restype = arguments, result
         self.dense_linear = loaded.dense_linear
+        self.dense_experts = loaded.dense_experts
         self.dense_pack = loaded.dense_pack
         self.blocks_linear = loaded.blocks_linear
+        self.blocks_experts = loaded.blocks_experts
         self.blocks_bytes = loaded.blocks_bytes
         self.blocks_pack = loaded.blocks_pack
         self.grouped_pack = loaded.grouped_pack
@@ -91,10 +101,22 @@ def library() -> Library | None:
     return _choose(os.environ.get("VLLM_LITE_NATIVE", "auto"))
 
 
+def loaded() -> Library:
+    """The library of this process, where something was packed for it."""
+    found = library()
+    assert found is not None, "packed for kernels that are gone"
+    return found
+
+
 def library_for(weight: Tensor) -> Library | None:
     """The library this process uses, if it can serve a weight of this device and type."""
     served = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
     return library() if served else None
+
+
+def library_for_blocks(blocks: Tensor) -> Library | None:
+    """The library this process uses, if it can serve blocks on this device."""
+    return library() if blocks.device.type == "cpu" else None
 
 
 @functools.cache

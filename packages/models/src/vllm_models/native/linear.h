@@ -40,17 +40,16 @@ static inline void *scratch(size_t bytes) {
 }
 
 /* Write the sums of one panel: count outputs of each row, from `column` on. The bias may be NULL. */
-static inline void write_panel(const float *sums, const float *bias, const matrix *out,
+static inline void write_panel(float *restrict sums, const float *restrict bias, const matrix *out,
                                int64_t first_row, int64_t rows, int64_t column, int64_t count) {
-    if (bias != NULL) bias += column;
-    for (int64_t row = 0; row < rows; row++, sums += PANEL) {
-        int64_t place = (first_row + row) * out->stride + column;
-        for (int64_t i = 0; i < count; i++) {
-            float value = bias ? sums[i] + bias[i] : sums[i];
-            if (out->type == BFLOAT16)
-                ((uint16_t *)out->data)[place + i] = float_to_bf16(value);
-            else
-                ((float *)out->data)[place + i] = value;
+    for (int64_t row = first_row; row < first_row + rows; row++, sums += PANEL) {
+        int64_t place = row * out->stride + column;
+        for (int64_t i = 0; bias != NULL && i < count; i++) sums[i] += bias[column + i];
+        if (out->type == BFLOAT16) {
+            uint16_t *restrict to = (uint16_t *)out->data + place;
+            for (int64_t i = 0; i < count; i++) to[i] = float_to_bf16(sums[i]);
+        } else {
+            memcpy((float *)out->data + place, sums, (size_t)count * sizeof *sums);
         }
     }
 }

@@ -29,10 +29,12 @@ def multiply(
         weights: Its first arguments.
         shape: outputs and columns of the weight.
         x: float32 or bfloat16, else it is converted; rows may be apart.
-        bias: [outputs] float32.
+        bias: [outputs]; float32, else it is converted.
         dtype: Of the result, x's unless given.
         out: Where the result goes, made unless given; rows may be apart.
     """
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.float()
     outputs, columns = shape
     rows, width = x.shape
     assert width == columns, f"x is {tuple(x.shape)}, the weight has {columns} columns"

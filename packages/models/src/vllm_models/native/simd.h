@@ -18,17 +18,21 @@
 #include "simd_portable.h"
 #endif
 
-INLINE float bf16_to_float(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
+INLINE float float_of_bits(uint32_t bits) {
     float value;
-    memcpy(&value, &wide, sizeof value);
+    memcpy(&value, &bits, sizeof value);
     return value;
 }
+INLINE uint32_t float_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+INLINE float bf16_to_float(uint16_t bits) { return float_of_bits((uint32_t)bits << 16); }
 
 /* Round to the nearest, ties to even; a NaN stays one. */
 INLINE uint16_t float_to_bf16(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
+    uint32_t bits = float_bits(value);
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
 }

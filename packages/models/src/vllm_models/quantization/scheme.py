@@ -14,11 +14,14 @@ from vllm_models.components.linear import Dense, Linear, LinearMethod
 from vllm_models.json_fields import JsonFields
 from vllm_models.quantization.awq import AwqFormat
 from vllm_models.quantization.bitsandbytes import BitsAndBytesFormat
+from vllm_models.quantization.blocks import GgufScheme
 from vllm_models.quantization.compressed_tensors import CompressedTensorsFormat
 from vllm_models.quantization.fp8 import Fp8Format
 from vllm_models.quantization.gptq import GptqFormat
+from vllm_models.quantization.mxfp4 import Mxfp4Format
 from vllm_models.quantization.parts import Format, Part
 from vllm_models.quantization.separate import Separate
+from vllm_models.weights.load import Scheme
 from vllm_models.weights.saved import SavedTensor
 
 _FORMATS: Mapping[str, Callable[[JsonFields], Format]] = {
@@ -27,6 +30,7 @@ _FORMATS: Mapping[str, Callable[[JsonFields], Format]] = {
     "compressed-tensors": CompressedTensorsFormat.from_fields,
     "fp8": Fp8Format.from_fields,
     "gptq": GptqFormat.from_fields,
+    "mxfp4": Mxfp4Format.from_fields,
 }
 SUPPORTED_METHODS = tuple(_FORMATS)
 
@@ -55,8 +59,8 @@ class FormatScheme:
         return Separate(dict(zip(layer.parts, chosen, strict=True)))
 
 
-def scheme_for(fields: JsonFields) -> FormatScheme | None:
-    """How the linear layers of a checkpoint hold their weights; None is as they are.
+def scheme_for(fields: JsonFields) -> Scheme:
+    """How the linear layers of a checkpoint hold their weights.
 
     Args:
         fields: Of `config.json`.
@@ -66,7 +70,7 @@ def scheme_for(fields: JsonFields) -> FormatScheme | None:
     """
     config = fields.child("quantization_config") or fields.child("compression_config")
     if config is None:
-        return None
+        return GgufScheme()
     name = config.get("quant_method", str, "") or _unnamed(config)
     read = _FORMATS.get(name)
     if read is None:

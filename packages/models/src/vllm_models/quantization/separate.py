@@ -8,7 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from vllm_models.components.linear import Linear, LinearMethod, Place
+from vllm_models.components.linear import Linear, LinearMethod, Packed, Place
+
+_ABSENT = object()
 
 
 class _PartAlone:
@@ -33,8 +35,15 @@ class _PartAlone:
         """All of them."""
         return slice(0, self.out_features)
 
+    def keep_packed(self, packed: Packed) -> None:
+        """Multiply with the CPU's kernels from now on."""
+        self.packed = packed
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_layer"], self.__dict__["_prefix"] + name)
+        found = getattr(self._layer, self._prefix + name, _ABSENT)
+        if found is _ABSENT and name != "packed":
+            raise AttributeError(name)
+        return None if found is _ABSENT else found
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._layer, self._prefix + name, value)

@@ -10,8 +10,10 @@ from torch import Tensor
 from vllm_traits import BackendError, Chunk, PoolingParams
 
 from vllm_models.components.context import ForwardContext
-from vllm_models.kernels.paged_attention import Span, prepare
+from vllm_models.kernels.paged_attention import Prepared, Span, prepare, prepare_native
+from vllm_models.native.attention import Spans
 from vllm_models.runner.edits import Target
+from vllm_models.runner.kv import KVPool
 from vllm_models.runner.rows import Row, Rows
 
 
@@ -102,7 +104,7 @@ def _refuse(chunk: Chunk, row: Row, start: int, rows: Rows) -> str | None:
 
 
 def token_ids_and_context(
-    works: Sequence[Work], rows: Rows, kv: Tensor, window: int
+    works: Sequence[Work], rows: Rows, kv: KVPool
 ) -> tuple[Tensor, ForwardContext]:
     """Token ids [T] of the step and everything else a forward pass needs."""
     indices: list[int] = []
@@ -114,11 +116,18 @@ def token_ids_and_context(
         places += range(work.start, work.end)
         spans.append(Span(work.row.index, num_tokens, work.end))
     row, positions = torch.tensor((indices, places), device=kv.device)
+    attention = {window: _prepare(spans, rows, kv, window) for window in set(kv.windows)}
     blocks = rows.tables[row, positions // rows.block_size]
     ctx = ForwardContext(
         positions=positions,
         slot_mapping=blocks * rows.block_size + positions % rows.block_size,
-        attention=prepare(spans, rows.tables, rows.block_size, kv.dtype, window),
-        kv=tuple(tuple(layer) for layer in kv),
+        attention=tuple(attention[window] for window in kv.windows),
+        kv=kv.layers,
     )
     return rows.tokens[row, positions], ctx
+
+
+def _prepare(spans: Sequence[Span], rows: Rows, kv: KVPool, window: int) -> Prepared | Spans:
+    if kv.is_native:
+        return prepare_native(spans, rows.tables, window)
+    return prepare(spans, rows.tables, rows.block_size, kv.dtype, window)

@@ -1,11 +1,11 @@
-"""How many KV blocks fit, and the pool they live in."""
+"""How many KV blocks fit."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from vllm_traits import ConfigError, DeviceError, KVGroup
 
 from vllm_models.config import ModelConfig
@@ -55,56 +55,28 @@ class MemoryReport:
         return self.num_tokens / self.max_model_len
 
 
-def kv_group(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVGroup:
-    """The KV shape of a model whose layers are all alike."""
-    elements = 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim
-    return KVGroup(
-        name="sliding" if config.window else "full",
-        layers=tuple(range(config.num_layers)),
-        num_kv_heads=config.num_kv_heads,
-        key_dim=config.head_dim,
-        value_dim=config.head_dim,
-        dtype=str(dtype).removeprefix("torch."),
-        bytes_per_block=elements * dtype.itemsize,
-        window=config.window,
-    )
-
-
-def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """KV that a position takes in all layers together."""
-    return kv_group(config, 1, dtype).bytes_per_block
-
-
-def allocate_kv(
-    group: KVGroup, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """The pool [layers, 2, num_blocks + 1, P, K, D]; the last block stays zero and pads tables.
-
-    It starts as zeros: positions behind a sequence's end are multiplied by 0, not skipped.
-    """
-    shape = (len(group.layers), 2, num_blocks + 1, block_size, group.num_kv_heads, group.key_dim)
-    try:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    except RuntimeError as error:
-        wanted = num_blocks * group.bytes_per_block
-        raise DeviceError(f"{wanted} bytes for {num_blocks} KV blocks do not fit.") from error
-
-
 def plan_memory(
     options: BackendOptions,
     config: ModelConfig,
-    dtype: torch.dtype,
+    groups: Sequence[KVGroup],
     device: torch.device,
     weight_bytes: int,
 ) -> MemoryReport:
     """Decide the number of blocks and the longest sequence, with the weights already loaded.
 
+    Args:
+        options: What was asked for.
+        config: Shape of the model.
+        groups: What its layers keep of a block.
+        device: Where everything is.
+        weight_bytes: What the weights take there.
+
     Raises:
         ConfigError: The longest sequence asked for is beyond the model or the blocks asked for.
         DeviceError: What was asked for does not fit; the message names what does.
     """
-    bytes_per_block = kv_group(config, options.block_size, dtype).bytes_per_block
-    fitting = _fitting_bytes(options, config, dtype, device, weight_bytes) // bytes_per_block
+    bytes_per_block = sum(group.bytes_per_block for group in groups)
+    fitting = _fitting_bytes(options, config, groups, device, weight_bytes) // bytes_per_block
     wanted_len = _wanted_len(options, config)
     num_blocks = options.num_blocks
     if num_blocks is None:
@@ -117,25 +89,26 @@ def plan_memory(
         block_size=options.block_size,
         bytes_per_block=bytes_per_block,
         weight_bytes=weight_bytes,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=groups[0].dtype,
         device=str(device),
         max_model_len=max_model_len,
-        notes=notes,
+        notes=(*notes, *_window_notes(groups, max_model_len)),
     )
 
 
 def _fitting_bytes(
     options: BackendOptions,
     config: ModelConfig,
-    dtype: torch.dtype,
+    groups: Sequence[KVGroup],
     device: torch.device,
     weight_bytes: int,
 ) -> int:
     if options.kv_cache_memory is not None and options.num_blocks is None:
         return options.kv_cache_memory
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    heads = max((config.num_heads + 2 * group.num_kv_heads) * group.key_dim for group in groups)
+    element = getattr(torch, groups[0].dtype).itemsize
     widest = max(heads, 2 * config.intermediate_size, config.hidden_size)
-    activations = options.max_batch_tokens * widest * _ACTIVATION_WIDTHS * dtype.itemsize
+    activations = options.max_batch_tokens * widest * _ACTIVATION_WIDTHS * element
     logits = 3 * options.max_sequences * config.vocab_size * 4
     budget = (free_memory(device) + weight_bytes) * options.memory_fraction - weight_bytes
     return max(0, int(budget) - activations - logits)
@@ -183,3 +156,19 @@ def _fit_len(
         f"--max-model-len {capacity}, or more blocks."
     )
     raise ConfigError(message) if options.num_blocks else DeviceError(message)
+
+
+def _window_notes(groups: Sequence[KVGroup], max_model_len: int) -> tuple[str, ...]:
+    """What layers with a window keep although they do not read it any more."""
+    total = sum(group.bytes_per_block for group in groups) * max_model_len
+    idle = sum(
+        group.bytes_per_block * max(0, max_model_len - group.window)
+        for group in groups
+        if group.window
+    )
+    if not idle:
+        return ()
+    return (
+        f"Layers with a window keep the KV of whole sequences: at {max_model_len} tokens, "
+        f"{idle / total:.0%} of a sequence's KV memory is never read again.",
+    )

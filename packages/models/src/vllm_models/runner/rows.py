@@ -15,6 +15,7 @@ from torch import Tensor
 from vllm_traits import BackendError, Batch, Chunk, PoolingParams, SamplingParams, Start
 
 from vllm_models.runner.edits import Edits, compile_edits
+from vllm_models.runner.kv import KVPool
 
 LATE_POSITIONS = 64  # a sequence that reached its limit may still be computed once, drafts included
 
@@ -54,7 +55,7 @@ class Rows:
     Args:
         max_sequences: Rows.
         max_model_len: Longest sequence in tokens.
-        kv: The pool [layers, 2, B + 1, P, K, D]; its last block pads the tables.
+        kv: The pool; its last block pads the tables.
         vocab_size: Width of the logits.
         eos_token_ids: What `min_tokens` forbids besides stop ids.
     """
@@ -63,12 +64,12 @@ class Rows:
         self,
         max_sequences: int,
         max_model_len: int,
-        kv: Tensor,
+        kv: KVPool,
         vocab_size: int,
         eos_token_ids: frozenset[int],
     ) -> None:
-        self.block_size = kv.shape[3]
-        self.sentinel = kv.shape[2] - 1
+        self.block_size = kv.block_size
+        self.sentinel = kv.num_blocks
         self.capacity = max_model_len + LATE_POSITIONS
         self.vocab_size = vocab_size
         self.tokens = torch.zeros(max_sequences, self.capacity, dtype=torch.int64, device=kv.device)
@@ -175,7 +176,7 @@ class Rows:
         hits = max(0, chunk.start // self.block_size - row.num_blocks)
         dirty = self._tainted.intersection(chunk.new_blocks[hits:])
         if dirty:
-            self._kv[:, :, list(dirty)] = 0
+            self._kv.wipe(list(dirty))
             self._tainted -= dirty
 
 

@@ -20,6 +20,7 @@ from vllm_traits import (
 from vllm_models.components.decoder import Decoder
 from vllm_models.runner import pool
 from vllm_models.runner.inputs import Inputs, Work, place_chunks, token_ids_and_context
+from vllm_models.runner.kv import KVPool
 from vllm_models.runner.logprobs import describe
 from vllm_models.runner.rows import Row, Rows
 from vllm_models.runner.sample import NON_FINITE, Sampled, sample
@@ -32,16 +33,14 @@ class Runner:
 
     Args:
         model: With its weights.
-        kv: The pool [layers, 2, B + 1, P, K, D].
+        kv: The pool.
         rows: Rows over the same pool.
-        window: Positions a query looks back; 0 is all.
     """
 
-    def __init__(self, model: Decoder, kv: Tensor, rows: Rows, window: int = 0) -> None:
+    def __init__(self, model: Decoder, kv: KVPool, rows: Rows) -> None:
         self._model = model
         self._kv = kv
         self._rows = rows
-        self._window = window
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> InFlight:
@@ -62,7 +61,7 @@ class Runner:
         return Done(step.result())
 
     def _hidden(self, inputs: Inputs) -> Tensor:
-        token_ids, ctx = token_ids_and_context(inputs.works, self._rows, self._kv, self._window)
+        token_ids, ctx = token_ids_and_context(inputs.works, self._rows, self._kv)
         return self._model(token_ids, ctx)
 
     def _prompt_logprobs(

@@ -1,0 +1,129 @@
+"""Gemma 2: a norm before and after each part, windows in every second layer, capped scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from vllm_models.components.context import ForwardContext
+from vllm_models.components.decoder import (
+    CausalLM,
+    DecoderStack,
+    MakeBlock,
+    MakeStack,
+    text_part,
+)
+from vllm_models.components.linear import Linear
+from vllm_models.components.mlp import GatedMLP
+from vllm_models.components.norm import OffsetRMSNorm
+from vllm_models.components.rotary import RotaryEmbedding, Rotation
+from vllm_models.config import ModelConfig
+from vllm_models.kernels.kv_write import kv_write
+from vllm_models.kernels.paged_attention import paged_attention
+from vllm_models.weights.saved import SavedTensor
+
+
+class GemmaAttention(nn.Module):
+    """Attention with a scale of its own and a cap on the scores."""
+
+    def __init__(self, c: ModelConfig, layer: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
+        self.head_dim = c.head_dim
+        self.scale = c.fields.above_zero("query_pre_attn_scalar", float(c.head_dim)) ** -0.5
+        self.soft_cap = c.fields.get("attn_logit_softcapping", float, 0.0)
+        widths = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
+        self.qkv_proj = Linear(
+            c.hidden_size,
+            {name: heads * c.head_dim for name, heads in widths.items()},
+            bias=c.attention_bias,
+        )
+        self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.q_norm = OffsetRMSNorm(c.head_dim, c.norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = OffsetRMSNorm(c.head_dim, c.norm_eps) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rotate: Rotation, ctx: ForwardContext) -> Tensor:
+        """[T, M] -> [T, M]."""
+        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)  # [T, H + 2K, D]
+        q, k, v = qkv.split(self.heads, dim=1)  # [T, H, D], [T, K, D], [T, K, D]
+        q, k = rotate(self.q_norm(q)), rotate(self.k_norm(k))
+        keys, values = ctx.kv[self.layer]
+        kv_write(k, v, keys, values, ctx.slot_mapping)
+        spans = ctx.attention[self.layer]
+        out = paged_attention(q, keys, values, spans, self.scale, self.soft_cap)  # [T, H, D]
+        return self.o_proj(out.flatten(1))
+
+
+class Gemma2Block(nn.Module):
+    """One decoder layer."""
+
+    def __init__(self, c: ModelConfig, layer: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.input_layernorm = OffsetRMSNorm(c.hidden_size, c.norm_eps)
+        self.self_attn = GemmaAttention(c, layer, qk_norm)
+        self.post_attention_layernorm = OffsetRMSNorm(c.hidden_size, c.norm_eps)
+        self.pre_feedforward_layernorm = OffsetRMSNorm(c.hidden_size, c.norm_eps)
+        self.mlp = GatedMLP(c)
+        self.post_feedforward_layernorm = OffsetRMSNorm(c.hidden_size, c.norm_eps)
+
+    def forward(self, x: Tensor, rotate: Rotation, ctx: ForwardContext) -> Tensor:
+        """[T, M] -> [T, M]."""
+        attended = self.self_attn(self.input_layernorm(x), rotate, ctx)
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class GemmaStack(DecoderStack):
+    """Scaled embeddings, and a rotation for each of the two kinds of layers."""
+
+    def __init__(self, c: ModelConfig, block: MakeBlock) -> None:
+        super().__init__(c, block)
+        self.norm = OffsetRMSNorm(c.hidden_size, c.norm_eps)
+        self.local_rotary_emb = RotaryEmbedding(c.head_dim, c.local_rope)
+        self.windows = c.windows
+        self.scale = rounded(c.hidden_size**0.5)
+
+    def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
+        """[T] -> [T, M]."""
+        x = self.embed_tokens(token_ids) * self.scale
+        far = self.rotary_emb(ctx.positions, x.dtype)
+        near = self.local_rotary_emb(ctx.positions, x.dtype)
+        for layer, window in zip(self.layers, self.windows, strict=True):
+            x = layer(x, near if window else far, ctx)
+        return self.norm(x)
+
+
+def rounded(number: float) -> float:
+    """What is left of a number in the model's own precision, in which it was trained."""
+    return torch.tensor(number, dtype=torch.get_default_dtype(), device="cpu").item()
+
+
+class GemmaForCausalLM(CausalLM):
+    """A Gemma with its output head, whose scores may be capped; also of multimodal checkpoints."""
+
+    def __init__(
+        self, config: ModelConfig, block: MakeBlock, stack: MakeStack = GemmaStack
+    ) -> None:
+        super().__init__(config, block, stack)
+        self.soft_cap = config.fields.get("final_logit_softcapping", float, 0.0)
+
+    @classmethod
+    def split(cls, saved: SavedTensor, config: ModelConfig) -> Iterable[SavedTensor]:
+        """Only what belongs to the text."""
+        found = text_part(saved)
+        return () if found is None else (found,)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, M] -> [N, V]."""
+        scores = super().logits(hidden)
+        return (scores / self.soft_cap).tanh() * self.soft_cap if self.soft_cap else scores
+
+
+class Gemma2ForCausalLM(GemmaForCausalLM):
+    """Gemma 2 with its output head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, Gemma2Block)

@@ -1,0 +1,25 @@
+"""Gated activation: gelu(gate) * up, with gelu in its tanh form; halves as in `silu_mul`.
+
+gate_up [T, 2F] -> [T, F].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """Activate the first half and multiply it by the second."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+def reference(gate_up: Tensor) -> Tensor:
+    """The textbook form."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    return (gate * 0.5 * (1 + torch.tanh(inner)) * up).to(gate_up.dtype)

@@ -1,0 +1,145 @@
+"""The KV pool: layers that keep the same shape and look back equally far share tensors.
+
+A sequence has one block table, and a block is the same row in the tensors of every group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from vllm_traits import DeviceError, KVGroup
+
+from vllm_models.components.context import LayerKV
+from vllm_models.native.attention import block_shapes as native_shapes
+from vllm_models.native.attention import fits
+from vllm_models.native.library import library
+
+
+class KVPool(NamedTuple):
+    """KV memory of all layers.
+
+    Attributes:
+        groups: Keys [L, B + 1, P, K, D] and values [L, B + 1, P, K, W] of each group, or a block
+            in the order of the CPU's kernels; the last block stays zero and pads tables. Without
+            values, the keys stand in their place.
+        layers: Keys and values of every layer: views into the groups.
+        windows: Of every layer: positions a query looks back; 0 is all.
+        block_size: Positions per block.
+        is_native: Blocks are in the order of the CPU's kernels.
+    """
+
+    groups: tuple[tuple[Tensor, Tensor], ...]
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    windows: tuple[int, ...]
+    block_size: int
+    is_native: bool
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that sequences may use."""
+        return self.groups[0][0].shape[1] - 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.groups[0][0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type."""
+        return self.groups[0][0].dtype
+
+    def wipe(self, blocks: list[int]) -> None:
+        """Set blocks to zero in all layers."""
+        for keys, values in self.groups:
+            keys[:, blocks] = 0
+            values[:, blocks] = 0
+
+
+def kv_groups(
+    layers: Sequence[LayerKV], block_size: int, dtype: torch.dtype
+) -> tuple[KVGroup, ...]:
+    """Layers of a model by what they keep; one that reads another's KV belongs to none."""
+    members: dict[LayerKV, list[int]] = {}
+    for index, layer in enumerate(layers):
+        if layer.shared_with is None:
+            members.setdefault(layer, []).append(index)
+    return tuple(
+        KVGroup(
+            name="latent" if kind.value_dim == 0 else "sliding" if kind.window else "full",
+            layers=tuple(indices),
+            num_kv_heads=kind.num_kv_heads,
+            key_dim=kind.key_dim,
+            value_dim=kind.value_dim,
+            dtype=str(dtype).removeprefix("torch."),
+            bytes_per_block=len(indices)
+            * block_size
+            * kind.num_kv_heads
+            * (kind.key_dim + kind.value_dim)
+            * dtype.itemsize,
+            window=kind.window,
+        )
+        for kind, indices in members.items()
+    )
+
+
+def bytes_per_token(layers: Sequence[LayerKV], dtype: torch.dtype) -> int:
+    """KV that a position takes in all layers together."""
+    return sum(group.bytes_per_block for group in kv_groups(layers, 1, dtype))
+
+
+def allocate_kv(
+    layers: Sequence[LayerKV],
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVPool:
+    """A pool of zeros: positions behind a sequence's end are multiplied by 0, not skipped.
+
+    Raises:
+        DeviceError: It does not fit.
+    """
+    groups = kv_groups(layers, block_size, dtype)
+    is_native = _is_native(groups, block_size, dtype, device)
+    tensors: list[tuple[Tensor, Tensor]] = []
+    own: dict[int, tuple[Tensor, Tensor]] = {}
+    try:
+        for group in groups:
+            shapes = block_shapes(group, block_size, dtype, is_native)
+            count = (len(group.layers), num_blocks + 1)
+            keys = torch.zeros((*count, *shapes[0]), dtype=dtype, device=device)
+            values = keys
+            if group.value_dim:
+                values = torch.zeros((*count, *shapes[1]), dtype=dtype, device=device)
+            tensors.append((keys, values))
+            own |= zip(group.layers, zip(keys, values, strict=True), strict=True)
+    except RuntimeError as error:
+        wanted = num_blocks * sum(group.bytes_per_block for group in groups)
+        raise DeviceError(f"{wanted} bytes for {num_blocks} KV blocks do not fit.") from error
+    sources = (index if x.shared_with is None else x.shared_with for index, x in enumerate(layers))
+    windows = tuple(layer.window for layer in layers)
+    views = tuple(own[source] for source in sources)
+    return KVPool(tuple(tensors), views, windows, block_size, is_native)
+
+
+def _is_native(
+    groups: Sequence[KVGroup], block_size: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether the CPU's kernels are there and can serve every group."""
+    if device.type != "cpu" or library() is None:
+        return False
+    return all(fits(block_size, group.key_dim, group.value_dim, dtype) for group in groups)
+
+
+def block_shapes(
+    group: KVGroup, block_size: int, dtype: torch.dtype, is_native: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the keys and of the values of one block of a layer."""
+    if is_native:
+        return native_shapes(block_size, group.num_kv_heads, group.key_dim, group.value_dim, dtype)
+    shape = (block_size, group.num_kv_heads)
+    return (*shape, group.key_dim), (*shape, group.value_dim)

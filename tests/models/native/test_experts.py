@@ -1,0 +1,73 @@
+"""The experts of a mixture in one call: every row as its expert alone would compute it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from vllm_models.native.blocks import PackedBlocks, pack_blocks, stack
+from vllm_models.native.dense import PackedDense
+from vllm_models.native.experts import PackedExperts, reference
+from vllm_models.native.library import Library, load
+from vllm_models.native.processor import InstructionSet, runnable
+
+COUNTS = ([1, 0, 0, 1, 1], [0, 0, 0, 0, 4], [2, 3, 1, 0, 140], [0, 0, 0, 0, 0])
+
+
+@pytest.fixture(params=runnable(), scope="module")
+def library(request: pytest.FixtureRequest) -> Library:
+    return load(InstructionSet(request.param))
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(library: Library) -> list[PackedDense]:
+    return [PackedDense(library, numbers(70, 64, seed=i).bfloat16()) for i in range(5)]
+
+
+def stacked(library: Library) -> list[PackedBlocks]:
+    """Each of two parts of different formats."""
+    random = torch.Generator().manual_seed(0)
+    codes = [
+        torch.randint(0, 60, (outputs, width), dtype=torch.uint8, generator=random)
+        for _ in range(5)
+        for outputs, width in ((70, 2 * 34), (33, 2 * 18))
+    ]
+    parts = [
+        pack_blocks(library, blocks, kind, 64)
+        for blocks, kind in zip(codes, ["Q8_0", "Q4_0"] * 5, strict=True)
+    ]
+    return [stack(parts[i : i + 2]) for i in range(0, 10, 2)]
+
+
+@pytest.mark.parametrize("make", [dense, stacked])
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_row_has_the_bits_of_its_own_expert(
+    library: Library, make: object, counts: list[int], dtype: torch.dtype
+) -> None:
+    weights = dense(library) if make is dense else stacked(library)
+    experts = PackedExperts(weights)
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    x = numbers(sum(counts), 64).to(dtype)
+    bias = numbers(5, experts.outputs, seed=9)
+    want = reference(weights, x, starts)
+    assert torch.equal(experts.matmul(x, starts), want)
+    plain = [w.matmul(own, b) for w, own, b in zip(weights, x.split(counts), bias, strict=True)]
+    assert torch.equal(experts.matmul(x, starts, bias=bias), torch.cat(plain))
+
+
+@pytest.mark.parametrize("make", [dense, stacked])
+def test_an_index_takes_rows_of_the_activations(library: Library, make: object) -> None:
+    weights = dense(library) if make is dense else stacked(library)
+    experts = PackedExperts(weights)
+    x, index = numbers(3, 64).bfloat16(), torch.tensor([2, 0, 0, 1, 2, 2])
+    starts = torch.tensor([0, 1, 1, 4, 5, 6])
+    assert torch.equal(experts.matmul(x, starts, index), experts.matmul(x[index], starts))
+
+
+def test_the_experts_share_the_memory_of_their_weights(library: Library) -> None:
+    weights = stacked(library)
+    assert PackedExperts(weights).nbytes == sum(weight.nbytes for weight in weights)
