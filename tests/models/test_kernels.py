@@ -54,11 +54,19 @@ def test_gated_activations(shape: tuple[int, int], dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 2), (9, 4, 16), (3, 1, 128)])
-def test_rope(shape: tuple[int, int, int]) -> None:
-    x, angles = noise(*shape), noise(shape[0], 1, shape[2] // 2)
-    cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
-    torch.testing.assert_close(rope.rope(x, cos, sin), rope.reference(x, cos, sin))
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("turned", [1.0, 0.5])
+@pytest.mark.parametrize("shape", [(1, 1, 4), (9, 4, 16), (3, 1, 128)])
+def test_rope(shape: tuple[int, int, int], turned: float, interleaved: bool) -> None:
+    x, angles = noise(*shape), noise(shape[0], 1, int(shape[2] * turned) // 2)
+    cos, sin = [angles.cos()] * 2, [-angles.sin(), angles.sin()]
+    if interleaved:
+        cos, sin = (torch.stack(pair, -1).flatten(-2) for pair in (cos, sin))
+    else:
+        cos, sin = (torch.cat(pair, -1) for pair in (cos, sin))
+    got, wanted = (f(x, cos, sin, interleaved) for f in (rope.rope, rope.reference))
+    torch.testing.assert_close(got, wanted)
+    assert torch.equal(got[..., cos.shape[-1] :], x[..., cos.shape[-1] :])
 
 
 def test_kv_write() -> None:

@@ -2,12 +2,15 @@
 
 import logging
 import sys
+from pathlib import Path
 
 import gguf
 import pytest
 from vllm_models.hub import resolve_model
-from vllm_server import logs
+from vllm_server import launch, logs
 from vllm_server.cli import main
+from vllm_server.config import load
+from vllm_server.config.flags import FlagParser
 from vllm_server.text.tokenizer import Tokenizer
 
 
@@ -77,6 +80,17 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path, capsys, t
     assert quantize("builtin", tmp_path / target, "--type", kind) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--isq", "--quant"])
+def test_the_flag_for_loading_reaches_the_backend(flag):
+    parsed = load(FlagParser("test", "").parse(["--cpu", flag, "Q4_K"])[1], environ={})
+    assert launch.backend_options(parsed.settings.engine, Path()).isq == "Q4_K"
+
+
+def test_an_unknown_type_for_loading_is_refused_at_once(capsys):
+    assert main(["info", "builtin", "--isq", "q9"]) == 2
+    assert "isq is 'q9'" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path, capsys):

@@ -159,6 +159,8 @@ def deepseek(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
     writer.add_value_length_mla(config.v_head_dim)
     writer.add_rope_dimension_count(config.qk_rope_head_dim)
+    if scale := config.rope_parameters.get("mscale_all_dim"):
+        writer.add_rope_scaling_yarn_log_mul(0.1 * scale)
 
 
 def latent_halves(arrays: Arrays, config: Any) -> Arrays:

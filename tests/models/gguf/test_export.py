@@ -40,6 +40,7 @@ BIG = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.08}
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama-biases": {"attention_bias": True, "mlp_bias": True},
     "llama-tied-wide-heads": {"tie_word_embeddings": True, "head_dim": 24},
+    "llama3": {"rope_parameters": LLAMA3},
     "llama-linear": {"rope_parameters": LINEAR},
     "llama-yarn": {"rope_parameters": YARN},
     "mistral-window": {"family": "mistral", "sliding_window": 6},

@@ -68,6 +68,17 @@ GEMMA4 = {
     **WINDOW,
     **TIED,
 }
+DEEPSEEK = {
+    "family": "deepseek_v3",
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "v_head_dim": 16,
+    **GROUPED,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-one-kv-head-tied": {"num_key_value_heads": 1, **TIED},
@@ -133,17 +144,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_parameters": PARTIAL,
         **GROUPED,
     },
-    "deepseek-v3": {
-        "family": "deepseek_v3",
-        "num_key_value_heads": 4,
-        "q_lora_rank": 24,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "head_dim": 8,
-        "v_head_dim": 16,
-        **GROUPED,
-    },
+    "deepseek-v3": DEEPSEEK,
+    "deepseek-v3-yarn": DEEPSEEK | {"rope_parameters": YARN | {"mscale": 1, "mscale_all_dim": 1}},
     "gpt-oss": {
         "family": "gpt_oss",
         "num_local_experts": 4,

@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 from vllm_models.native import build as building
 from vllm_models.native import library as libraries
-from vllm_models.native.build import BuildError, build, cache_folder, find_compiler
+from vllm_models.native.build import (
+    BuildError,
+    build,
+    cache_folder,
+    find_compiler,
+    openmp_runtime,
+)
 from vllm_models.native.processor import InstructionSet, features, runnable
 
 PORTABLE = InstructionSet.PORTABLE
@@ -156,6 +162,13 @@ def test_classes_follow_the_processors_features(tmp_path: Path) -> None:
     info.write_text("processor : 0\nflags\t\t: fpu avx2 fma f16c avx512f\nprocessor : 1\n")
     assert runnable(features(info)) == (InstructionSet.AVX2, PORTABLE)
     assert runnable(features(tmp_path / "absent")) == (PORTABLE,)
+
+
+def test_the_runtime_that_is_loaded_is_linked() -> None:
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs /proc")
+    assert "libgomp" in openmp_runtime()  # torch has loaded it
+    assert Path(openmp_runtime()).is_file()
 
 
 def test_the_library_shares_the_threads_of_torch() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from vllm_core import Engine, SchedulerConfig
+from vllm_models import BackendOptions
 from vllm_models.components.decoder import Decoder
 from vllm_models.components.linear import Linear
 from vllm_models.config import ModelConfig
@@ -22,7 +25,7 @@ from vllm_models.registry import find_architecture
 from vllm_models.weights.checkpoint import open_checkpoint
 from vllm_models.weights.load import load_model, num_bytes
 from vllm_models.weights.saved import SavedTensor
-from vllm_traits import ConfigError, ModelError
+from vllm_traits import ConfigError, ModelError, Request, SamplingParams
 
 T = GgmlType
 WIDE = {
@@ -177,6 +180,25 @@ def test_routers_stay_plain(make_checkpoint: Any) -> None:
     assert gates and set(gates.values()) == {""}
     experts = {kind for path, kind in found.items() if ".experts." in path}
     assert experts and "" not in experts
+
+
+@pytest.mark.parametrize("name", ["q8_0", "Q5_1"])
+def test_a_backend_quantizes_on_request(wide: Any, name: str) -> None:
+    prompt = tuple(range(3, 40))
+    backend = wide.load(isq=name)
+    plain = sum(parameter.numel() for parameter in wide.model.parameters()) * 4
+    assert backend.memory.weight_bytes < 0.35 * plain
+    engine = Engine(backend, SchedulerConfig())
+    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=3)
+    engine.add(Request("one", prompt, params))
+    [output] = [output for _ in range(9) if engine.has_work() for output in engine.step()]
+    likely = wide.logits(prompt)[-1].topk(3).indices.tolist()
+    assert output.token_ids[0] in likely
+
+
+def test_a_backend_refuses_unknown_types_before_it_loads() -> None:
+    with pytest.raises(ConfigError, match="isq is 'q9'"):
+        BackendOptions(Path("absent"), isq="q9")
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "I32", "F8_E4M3"])

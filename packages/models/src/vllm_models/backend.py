@@ -20,7 +20,7 @@ from vllm_traits import (
 )
 
 from vllm_models.components.decoder import Decoder
-from vllm_models.config import ModelConfig
+from vllm_models.config import ModelConfig, architecture_name
 from vllm_models.device import pick_device, pick_dtype, set_threads
 from vllm_models.options import BackendOptions, LoadProgress, OnProgress, ignore_progress
 from vllm_models.pooling_config import default_pooling
@@ -111,10 +111,10 @@ def load_backend(options: BackendOptions, on_progress: OnProgress | None = None)
     """
     report = on_progress or ignore_progress
     checkpoint = open_checkpoint(options.model)
+    architecture = find_architecture(architecture_name(checkpoint.fields))
     config = ModelConfig.from_fields(
         checkpoint.fields, checkpoint.eos_token_ids, options.max_model_len
     )
-    architecture = find_architecture(config.architecture)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, config, device)
     scheme = IsqScheme(options.isq) if options.isq else scheme_for(checkpoint.fields)
@@ -140,7 +140,8 @@ def _assemble(
     kv = allocate_kv(layers, memory.num_blocks, options.block_size, dtype, device)
     max_sequences = options.max_sequences
     rows = Rows(max_sequences, memory.max_model_len, kv, config.vocab_size, config.eos_token_ids)
-    layout = f"{memory.dtype}:{options.block_size}:{groups}:{kv.is_native}"
+    ropes = (config.rope, config.local_rope)
+    layout = f"{memory.dtype}:{options.block_size}:{groups}:{kv.is_native}:{ropes}"
     info = BackendInfo(
         num_blocks=memory.num_blocks,
         block_size=options.block_size,

@@ -89,7 +89,7 @@ class ModelConfig:
         max_position = fields.positive("max_position_embeddings")
         rope, local_rope = read_ropes(fields, max_model_len or max_position)
         config = cls(
-            architecture=_architecture(fields),
+            architecture=architecture_name(fields),
             hidden_size=hidden_size,
             intermediate_size=fields.positive("intermediate_size"),
             num_layers=num_layers,
@@ -140,7 +140,12 @@ class ModelConfig:
             )
 
 
-def _architecture(fields: JsonFields) -> str:
+def architecture_name(fields: JsonFields) -> str:
+    """The class that a `config.json` names.
+
+    Raises:
+        ModelError: It names none.
+    """
     names = fields.get("architectures", list, [])
     if not names or not isinstance(names[0], str):
         raise ModelError(f"{fields.source}: 'architectures' must name the model's class.")

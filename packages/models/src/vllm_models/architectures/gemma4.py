@@ -18,7 +18,7 @@ from vllm_models.components.decoder import DecoderStack, MakeBlock
 from vllm_models.components.embedding import Embedding
 from vllm_models.components.linear import Linear
 from vllm_models.components.mlp import GatedMLP
-from vllm_models.components.moe import mix
+from vllm_models.components.moe import mix, unstack
 from vllm_models.components.norm import RMSNorm
 from vllm_models.components.rotary import RotaryEmbedding, Rotation
 from vllm_models.config import ModelConfig
@@ -26,7 +26,6 @@ from vllm_models.kernels.gelu_mul import gelu_mul
 from vllm_models.weights.saved import SavedTensor
 
 _UNREAD = re.compile(r"model\.layers\.(\d+)\.self_attn\.(?:[kv]_proj|k_norm)\.weight", re.ASCII)
-_STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 class Gemma4Block(nn.Module):
@@ -139,20 +138,4 @@ class Gemma4ForCausalLM(GemmaForCausalLM):
             found = _UNREAD.fullmatch(text.name)
             if found and layer_kv(config)[int(found[1])].shared_with is not None:
                 continue
-            path, _, name = text.name.removesuffix(".weight").rpartition(".experts.")
-            yield from _experts(text, path, name) if name in _STACKED else (text,)
-
-
-def _experts(saved: SavedTensor, path: str, name: str) -> Iterable[SavedTensor]:
-    """[E, R, C] -> of each expert one or two halves of R; also where C are blocks."""
-    num_experts, num_rows, columns = saved.shape
-    parts = _STACKED[name]
-    size = num_rows // len(parts)
-    for expert in range(num_experts):
-        for index, part in enumerate(parts):
-            rows = slice(index * size, (index + 1) * size)
-            yield saved.part(
-                f"{path}.experts.{expert}.{part}.weight",
-                (size, columns),
-                lambda t, e=expert, r=rows: t.reshape(num_experts, num_rows, -1)[e, r],
-            )
+            yield from unstack(text)

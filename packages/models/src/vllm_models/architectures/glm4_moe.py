@@ -12,7 +12,7 @@ from vllm_models.components.attention import Attention
 from vllm_models.components.context import ForwardContext
 from vllm_models.components.decoder import CausalLM
 from vllm_models.components.mlp import GatedMLP
-from vllm_models.components.moe import MixtureOfExperts, Routing, one_by_one
+from vllm_models.components.moe import MixtureOfExperts, Routing, unstack
 from vllm_models.components.norm import RMSNorm
 from vllm_models.components.rotary import Rotation
 from vllm_models.config import ModelConfig
@@ -60,7 +60,7 @@ def split_grouped(saved: SavedTensor, config: ModelConfig) -> Iterable[SavedTens
     if found and int(found[1]) >= config.num_layers:
         return ()
     name = saved.name.replace(".gate.e_score_correction_bias", ".e_score_correction_bias")
-    return one_by_one(saved._replace(name=name))
+    return unstack(saved._replace(name=name))
 
 
 class Glm4MoeBlock(nn.Module):

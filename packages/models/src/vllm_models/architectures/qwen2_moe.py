@@ -10,7 +10,7 @@ from vllm_models.components.attention import Attention
 from vllm_models.components.context import ForwardContext
 from vllm_models.components.decoder import CausalLM
 from vllm_models.components.mlp import GatedMLP
-from vllm_models.components.moe import MixtureOfExperts, Routing, one_by_one
+from vllm_models.components.moe import MixtureOfExperts, Routing, unstack
 from vllm_models.components.norm import RMSNorm
 from vllm_models.components.rotary import Rotation
 from vllm_models.config import ModelConfig
@@ -68,4 +68,4 @@ class Qwen2MoeForCausalLM(CausalLM):
     @classmethod
     def split(cls, saved: SavedTensor, config: ModelConfig) -> Iterable[SavedTensor]:
         """Experts one by one."""
-        return one_by_one(saved)
+        return unstack(saved)

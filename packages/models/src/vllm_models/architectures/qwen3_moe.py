@@ -11,7 +11,7 @@ from vllm_models.components.attention import Attention
 from vllm_models.components.context import ForwardContext
 from vllm_models.components.decoder import CausalLM
 from vllm_models.components.mlp import GatedMLP
-from vllm_models.components.moe import one_by_one
+from vllm_models.components.moe import unstack
 from vllm_models.components.norm import RMSNorm
 from vllm_models.components.rotary import Rotation
 from vllm_models.config import ModelConfig
@@ -43,4 +43,4 @@ class Qwen3MoeForCausalLM(CausalLM):
     @classmethod
     def split(cls, saved: SavedTensor, config: ModelConfig) -> Iterable[SavedTensor]:
         """Experts one by one."""
-        return one_by_one(saved)
+        return unstack(saved)

@@ -39,10 +39,9 @@ class AsNumbers(LinearMethod):
 
     def pack(self, layer: Linear) -> None:
         """Drop everything but the numbers."""
-        if not isinstance(self._saved, Dense):
-            self._saved.pack(layer)
+        self._saved.pack(layer)
         weight = self._saved.dequantize(layer).to(self._dtype)
-        layer.use(Dense())
+        Linear.use(layer, Dense())
         layer.weight = nn.Parameter(weight, requires_grad=False)
 
     def apply(self, layer: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,13 +59,11 @@ class PerHead(Linear):
     def __init__(self, rank: int, num_heads: int, key_dim: int, value_dim: int) -> None:
         super().__init__(rank, num_heads * (key_dim + value_dim))
         self.dims = (key_dim, value_dim)
-        self.use(AsNumbers(Dense()))
+        self.use(Dense())
 
     def use(self, method: LinearMethod) -> None:
         """Hold the weight as numbers, before anything was loaded."""
-        is_last = isinstance(self.method, AsNumbers) and isinstance(method, Dense)
-        keeps = is_last or isinstance(method, AsNumbers)
-        super().use(method if keeps else AsNumbers(method))
+        super().use(AsNumbers(method))
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """Of keys [H, key width, rank] and of values [H, value width, rank]."""

@@ -115,8 +115,11 @@ class MixtureOfExperts(nn.Module):
         return groups.masked_fill(outside[..., None], -torch.inf).flatten(1)
 
 
-def one_by_one(saved: SavedTensor) -> Iterable[SavedTensor]:
-    """Every expert's tensors, if a checkpoint has stacked them; blocks of weights as well."""
+def unstack(saved: SavedTensor) -> Iterable[SavedTensor]:
+    """The experts of a stack [E, R, C], each in one or two shares of R; C may be blocks.
+
+    Other tensors stay as they are.
+    """
     path, _, name = saved.name.removesuffix(".weight").rpartition(".experts.")
     if name not in _STACKED:
         yield saved

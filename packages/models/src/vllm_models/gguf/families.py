@@ -103,8 +103,8 @@ def _deepseek_v3(m: Metadata) -> Fields:
     is_split = m.has("attn_k_b.weight")
     form = "_mla" if is_split else ""
     rope = rope_parameters(m, rotated)
-    if rope["rope_type"] == "yarn":
-        scale = m.get(".rope.scaling.yarn_log_multiplier", float, 0.1) / 0.1
+    scale = m.get(".rope.scaling.yarn_log_multiplier", float, 0.0) / 0.1
+    if rope["rope_type"] == "yarn" and scale:
         rope |= {"mscale": scale, "mscale_all_dim": scale}
     return _grouped_experts(m) | {
         "num_key_value_heads": m.same(".attention.head_count"),

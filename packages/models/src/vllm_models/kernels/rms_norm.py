@@ -8,9 +8,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_models.native import pointwise
+from vllm_models.native.library import library_for
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last dimension."""
+    library = library_for(x)
+    if library is not None and weight.dtype == x.dtype:
+        return pointwise.rms_norm(library, x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 

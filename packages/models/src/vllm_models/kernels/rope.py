@@ -1,8 +1,8 @@
 """Rotary position embedding: rotate pairs of numbers of a head by its position's angle.
 
-x [T, H, D]; cos and sin [T, 1, R]: the first R numbers of a head turn. Pairs are (x[i], x[i + R/2]),
-or interleaved (x[2i], x[2i + 1]). sin carries the sign of the rotation: it is negated where the
-first of a pair stands, so that y = x * cos + x with exchanged pairs * sin.
+x [T, H, D]; cos and sin [T, 1, R]; the first R numbers of a head turn. Pairs are
+(x[i], x[i + R/2]), or interleaved (x[2i], x[2i + 1]). sin is negated where the first of a pair
+stands, so that y = x * cos + exchange_pairs(x) * sin.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 /* How fast this machine reads and copies memory, with the threads that the kernels use. */
 #include "linear.h"
 
-#define PIECE (1 << 18) /* bytes that a thread takes at a time */
+#define PIECE (1 << 18) /* bytes of one turn */
 
 /* Read all of it; the result only keeps the compiler from leaving the reads out. */
 float read_memory(const uint8_t *data, int64_t bytes) {
     float total = 0;
-#pragma omp parallel for schedule(dynamic) reduction(+ : total)
+#pragma omp parallel for schedule(static) reduction(+ : total)
     for (int64_t start = 0; start < bytes - bytes % PIECE; start += PIECE) {
         vfloat sums[8];
         for (int v = 0; v < 8; v++) sums[v] = vf_zero();

@@ -103,7 +103,9 @@ int blocks_experts(const blocks_weight *weights, int64_t num_parts, int64_t num_
     segment *segments = (segment *)((int8_t *)a.scales - room);
     int64_t count = find_segments(starts, num_experts, panels, segments);
     int64_t pieces = a.columns / PIECE;
-#pragma omp parallel
+    range ranges[MAX_THREADS];
+    int threads = divide_units(segments[count].unit, ranges);
+#pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows * pieces; i++) {
@@ -111,8 +113,7 @@ int blocks_experts(const blocks_weight *weights, int64_t num_parts, int64_t num_
             quantize_piece(&a, &x, index ? index[row] : row, row, i % pieces * PIECE,
                            weights->columns);
         }
-#pragma omp for schedule(dynamic) nowait
-        for (int64_t number = 0; number < segments[count].unit; number++) {
+        for (int64_t number; (number = take_unit(ranges, threads)) >= 0;) {
             unit u = find_unit(segments, count, panels, number);
             const blocks_weight *w = weights + u.expert * num_parts;
             for (; u.panel >= divide_up(w->outputs, PANEL); w++)

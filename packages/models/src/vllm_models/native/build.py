@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vllm_models.native.processor import InstructionSet
@@ -58,16 +59,30 @@ def build(kind: InstructionSet) -> Path:
     """
     compiler = find_compiler()
     flags = (*_FLAGS, *kind.flags)
-    name = f"{kind}-{_key(compiler, flags)}.so"
+    name = f"{kind}-{_key(compiler, (*flags, openmp_runtime()))}.so"
     folder = cache_folder()
     if folder is not None and (folder / name).is_file():
         return folder / name
     if folder is None:  # of this process alone: in a shared folder anybody could leave a library
         folder = Path(tempfile.mkdtemp(prefix="vllm-lite-"))
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        built = _compile(compiler, flags, Path(work))
-        os.replace(built, folder / name)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            os.replace(_compile(compiler, flags, Path(work)), folder / name)
+    except OSError as error:
+        raise BuildError(f"{folder} cannot be written: {error}") from error
     return folder / name
+
+
+def openmp_runtime() -> str:
+    """What to link for threads: the runtime that this process has loaded, whatever it is called
+    there, or the compiler's own.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return "-fopenmp"
+    paths = {line.split(maxsplit=5)[-1] for line in lines if "/libgomp" in line}
+    return min(paths, key=lambda path: "torch" not in path, default="-fopenmp")
 
 
 def cache_folder() -> Path | None:
@@ -99,16 +114,11 @@ def _compile(compiler: Sequence[str], flags: Sequence[str], work: Path) -> Path:
         [*compiler, *flags, "-c", str(SOURCES / f"{path.stem}.c"), "-o", str(path)]
         for path in objects
     ]
-    running = [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for command in commands
-    ]
-    errors = [process.communicate(timeout=_TIMEOUT)[1] for process in running]
-    for process, error in zip(running, errors, strict=True):
-        if process.returncode:
-            raise BuildError(f"{compiler[0]} fails: {_last_line(error)}")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_run, commands))
     library = work / "library.so"
-    _run([*compiler, "-fopenmp", "-shared", *map(str, objects), "-lm", "-o", str(library)])
+    parts = [*map(str, objects), openmp_runtime(), "-lm"]
+    _run([*compiler, "-shared", *parts, "-o", str(library)])
     return library
 
 
@@ -118,11 +128,11 @@ def _run(command: Sequence[str]) -> str:
             command, capture_output=True, text=True, timeout=_TIMEOUT, check=True
         ).stdout
     except subprocess.CalledProcessError as error:
-        raise BuildError(f"{command[0]} fails: {_last_line(error.stderr)}") from error
+        raise BuildError(f"{command[0]} fails: {_first_error(error.stderr)}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} fails: {error}") from error
 
 
-def _last_line(text: str) -> str:
+def _first_error(text: str) -> str:
     errors = [line for line in text.splitlines() if "error" in line]
     return (errors or text.strip().splitlines() or ["without a message"])[0].strip()

@@ -145,15 +145,16 @@ int dense_experts(const dense_weight *weights, int64_t num_experts, const int64_
     uint32_t *copied = (uint32_t *)(segments + num_experts + 1);
     const uint32_t *ready = is_copied ? copied : x.data;
     int64_t count = find_segments(starts, num_experts, panels, segments);
-#pragma omp parallel
+    range ranges[MAX_THREADS];
+    int threads = divide_units(segments[count].unit, ranges);
+#pragma omp parallel num_threads(threads)
     {
         if (is_copied) {
 #pragma omp for
             for (int64_t row = 0; row < rows; row++)
                 convert_row(weights, &x, index ? index[row] : row, copied + row * steps);
         }
-#pragma omp for schedule(dynamic) nowait
-        for (int64_t number = 0; number < segments[count].unit; number++) {
+        for (int64_t number; (number = take_unit(ranges, threads)) >= 0;) {
             unit u = find_unit(segments, count, panels, number);
             panel_rows(weights + u.expert, u.panel, ready, stride, u.first, u.rows,
                        bias ? bias + u.expert * weights->outputs : NULL, &out);

@@ -109,14 +109,14 @@ def loaded() -> Library:
 
 
 def library_for(weight: Tensor) -> Library | None:
-    """The library this process uses, if it can serve a weight of this device and type."""
-    served = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
+    """The library this process uses, if it can serve a tensor of this device and type."""
+    served = weight.is_cpu and weight.dtype in (torch.bfloat16, torch.float32)
     return library() if served else None
 
 
 def library_for_blocks(blocks: Tensor) -> Library | None:
     """The library this process uses, if it can serve blocks on this device."""
-    return library() if blocks.device.type == "cpu" else None
+    return library() if blocks.is_cpu else None
 
 
 @functools.cache

@@ -5,7 +5,11 @@
 #ifndef SEGMENTS_H
 #define SEGMENTS_H
 
+#include <omp.h>
+
 #include "linear.h"
+
+#define MAX_THREADS 256
 
 typedef struct {
     int64_t expert;
@@ -47,6 +51,34 @@ static inline unit find_unit(const segment *segments, int64_t count, int64_t pan
     int64_t groups = divide_up(s->rows, MAX_ROWS), inside = number - s->unit, group = inside / panels;
     int64_t first = s->rows * group / groups, end = s->rows * (group + 1) / groups;
     return (unit){s->expert, inside % panels, s->first + first, end - first};
+}
+
+/* The units that one thread does first. It walks them in order, so that it reads memory without a
+   break, and then takes what others have left, so that nobody waits for a thread that was stopped. */
+typedef struct {
+    int64_t next, end;
+    char apart[48]; /* from the cache line of another thread's */
+} range;
+
+/* Divide the units; returns the number of threads. */
+static inline int divide_units(int64_t units, range ranges[MAX_THREADS]) {
+    int64_t threads = smaller(omp_get_max_threads(), MAX_THREADS);
+    for (int64_t t = 0; t < threads; t++) {
+        ranges[t].next = units * t / threads;
+        ranges[t].end = units * (t + 1) / threads;
+    }
+    return (int)threads;
+}
+
+/* The next unit of the calling thread, or -1. */
+static inline int64_t take_unit(range *ranges, int threads) {
+    for (int i = 0; i < threads; i++) {
+        range *r = ranges + (omp_get_thread_num() + i) % threads;
+        if (__atomic_load_n(&r->next, __ATOMIC_RELAXED) >= r->end) continue;
+        int64_t number = __atomic_fetch_add(&r->next, 1, __ATOMIC_RELAXED);
+        if (number < r->end) return number;
+    }
+    return -1;
 }
 
 #endif

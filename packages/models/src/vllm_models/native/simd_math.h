@@ -31,11 +31,11 @@ INLINE vfloat vf_scale(vfloat x, vfloat n) {
     BOTH(vfloat, _mm256_mul_ps(x.a, power_of_two(n.a)), _mm256_mul_ps(x.b, power_of_two(n.b)));
 }
 #else
-INLINE vfloat vf_max(vfloat x, vfloat y) { EACH(vfloat, x.v[i] > y.v[i] ? x.v[i] : y.v[i]); }
-INLINE vfloat vf_div(vfloat x, vfloat y) { EACH(vfloat, x.v[i] / y.v[i]); }
-INLINE vfloat vf_round(vfloat x) { EACH(vfloat, nearbyintf(x.v[i])); }
+INLINE vfloat vf_max(vfloat x, vfloat y) { EACH(vfloat, AT(x, i) > AT(y, i) ? AT(x, i) : AT(y, i)); }
+INLINE vfloat vf_div(vfloat x, vfloat y) { EACH(vfloat, AT(x, i) / AT(y, i)); }
+INLINE vfloat vf_round(vfloat x) { EACH(vfloat, nearbyintf(AT(x, i))); }
 INLINE vfloat vf_scale(vfloat x, vfloat n) {
-    EACH(vfloat, x.v[i] * from_bits((uint32_t)((int32_t)n.v[i] + 127) << 23));
+    EACH(vfloat, AT(x, i) * from_bits((uint32_t)((int32_t)AT(n, i) + 127) << 23));
 }
 #endif
 

@@ -5,25 +5,27 @@
 #define TILE_ROWS 2
 #define TILE_VECTORS 1
 
-#define VECTOR(type) type __attribute__((vector_size(4 * WIDTH * sizeof(uint8_t))))
-typedef VECTOR(float) float16x;
-typedef VECTOR(int32_t) int16x;
-typedef VECTOR(uint32_t) unsigned16x;
+/* A register of most processors: a quarter of the sixteen. */
+#define QUARTER(type) type __attribute__((vector_size(16)))
+typedef QUARTER(float) float_quarter;
+typedef QUARTER(int32_t) int_quarter;
+typedef QUARTER(uint32_t) word_quarter;
+typedef QUARTER(int16_t) short_quarter;
+typedef QUARTER(uint8_t) byte_quarter;
 
-typedef struct { float16x v; } vfloat;
-typedef struct { int16x v; } vint;
-typedef struct { VECTOR(uint8_t) v; } vbytes; /* four to each of the sixteen */
+typedef struct { float_quarter v[4]; } vfloat;
+typedef struct { int_quarter v[4]; } vint;
+typedef struct { byte_quarter v[4]; } vbytes; /* four bytes to each of the sixteen */
 
-#define WHOLE(type, expression)    \
-    type each_ = {(expression)};   \
+#define QUARTERS(type, expression)                                          \
+    type each_;                                                             \
+    _Pragma("GCC unroll 4") for (int q = 0; q < 4; q++) each_.v[q] = (expression); \
     return each_
-#define EACH(type, expression)                                       \
-    type each_;                                                      \
-    for (int i = 0; i < WIDTH; i++) each_.v[i] = (expression);       \
-    return each_
-#define EACH_BYTE(expression)                                                 \
-    vbytes each_;                                                             \
-    for (int i = 0; i < 4 * WIDTH; i++) each_.v[i] = (uint8_t)(expression);   \
+/* Number i of the sixteen. */
+#define AT(x, i) (x).v[(i) / 4][(i) % 4]
+#define EACH(type, expression)                                         \
+    type each_;                                                        \
+    for (int i = 0; i < WIDTH; i++) AT(each_, i) = (expression);       \
     return each_
 
 INLINE float portable_f16(uint16_t bits) {
@@ -49,19 +51,21 @@ INLINE uint16_t portable_u16(const void *p, int i) {
     return value;
 }
 
-INLINE vfloat vf_zero(void) { WHOLE(vfloat, (float16x){0}); }
-INLINE vfloat vf_set(float a) { WHOLE(vfloat, (float16x){0} + a); }
+INLINE vfloat vf_zero(void) { QUARTERS(vfloat, (float_quarter){0}); }
+INLINE vfloat vf_set(float a) { QUARTERS(vfloat, (float_quarter){0} + a); }
 INLINE vfloat vf_load(const float *p) {
     vfloat x;
     memcpy(&x, p, sizeof x);
     return x;
 }
 INLINE void vf_store(float *p, vfloat x) { memcpy(p, &x, sizeof x); }
-INLINE vfloat vf_add(vfloat x, vfloat y) { WHOLE(vfloat, x.v + y.v); }
-INLINE vfloat vf_mul(vfloat x, vfloat y) { WHOLE(vfloat, x.v * y.v); }
-INLINE vfloat vf_fma(vfloat x, vfloat y, vfloat c) { WHOLE(vfloat, c.v + x.v * y.v); }
-INLINE vfloat vf_fnma(vfloat x, vfloat y, vfloat c) { WHOLE(vfloat, c.v - x.v * y.v); }
-INLINE vfloat vf_from_int(vint x) { WHOLE(vfloat, __builtin_convertvector(x.v, float16x)); }
+INLINE vfloat vf_add(vfloat x, vfloat y) { QUARTERS(vfloat, x.v[q] + y.v[q]); }
+INLINE vfloat vf_mul(vfloat x, vfloat y) { QUARTERS(vfloat, x.v[q] * y.v[q]); }
+INLINE vfloat vf_fma(vfloat x, vfloat y, vfloat c) { QUARTERS(vfloat, c.v[q] + x.v[q] * y.v[q]); }
+INLINE vfloat vf_fnma(vfloat x, vfloat y, vfloat c) { QUARTERS(vfloat, c.v[q] - x.v[q] * y.v[q]); }
+INLINE vfloat vf_from_int(vint x) {
+    QUARTERS(vfloat, __builtin_convertvector(x.v[q], float_quarter));
+}
 INLINE vfloat vf_load_f16(const void *p) { EACH(vfloat, portable_f16(portable_u16(p, i))); }
 INLINE vfloat vf_load_bf16(const void *p) {
     EACH(vfloat, from_bits((uint32_t)portable_u16(p, i) << 16));
@@ -69,7 +73,7 @@ INLINE vfloat vf_load_bf16(const void *p) {
 INLINE vfloat vf_load_u8(const void *p) { EACH(vfloat, (float)((const uint8_t *)p)[i]); }
 INLINE vfloat vf_load_i8(const void *p) { EACH(vfloat, (float)((const int8_t *)p)[i]); }
 
-INLINE vint vi_set(int32_t a) { WHOLE(vint, (int16x){0} + a); }
+INLINE vint vi_set(int32_t a) { QUARTERS(vint, (int_quarter){0} + a); }
 
 INLINE vbytes vb_load(const void *p) {
     vbytes x;
@@ -77,36 +81,64 @@ INLINE vbytes vb_load(const void *p) {
     return x;
 }
 INLINE void vb_store(void *p, vbytes x) { memcpy(p, &x, sizeof x); }
-INLINE vbytes vb_set(uint8_t a) { WHOLE(vbytes, (VECTOR(uint8_t)){0} + a); }
-INLINE vbytes vb_or(vbytes x, vbytes y) { WHOLE(vbytes, x.v | y.v); }
-/* The bits of each byte that `mask` keeps, after a shift to the right (left if negative). */
-INLINE vbytes vb_bits(vbytes x, const int shift, vbytes mask) {
-    if (shift > 0) x.v = x.v >> (uint8_t)shift;
-    if (shift < 0) x.v = x.v << (uint8_t)-shift;
-    WHOLE(vbytes, x.v & mask.v);
+INLINE vbytes vb_set(uint8_t a) { QUARTERS(vbytes, (byte_quarter){0} + a); }
+INLINE vbytes vb_or(vbytes x, vbytes y) { QUARTERS(vbytes, x.v[q] | y.v[q]); }
+/* The bits of each byte that `mask` keeps, after a shift to the right (left if negative). The shift
+   is of words, so the mask has to leave out what comes from the neighbouring byte. */
+INLINE word_quarter shifted(word_quarter x, const int shift) {
+    return shift >= 0 ? x >> (shift & 31) : x << (-shift & 31);
 }
-INLINE vbytes vb_lookup(const uint8_t *table, vbytes x) { EACH_BYTE(table[x.v[i] & 15]); }
+INLINE vbytes vb_bits(vbytes x, const int shift, vbytes mask) {
+    QUARTERS(vbytes, (byte_quarter)shifted((word_quarter)x.v[q], shift) & mask.v[q]);
+}
+INLINE vbytes vb_lookup(const uint8_t *table, vbytes x) {
+    uint8_t bytes[4 * WIDTH];
+    vb_store(bytes, x);
+    for (int i = 0; i < 4 * WIDTH; i++) bytes[i] = table[bytes[i] & 15];
+    return vb_load(bytes);
+}
 
-/* a + the four products of bytes of w, 0..255, with the four signed bytes in x. */
+/* Two signed bytes, one to each half of every word. */
+INLINE short_quarter pair_of(int8_t first, int8_t second) {
+    return (short_quarter)((int_quarter){0} + (int32_t)((uint16_t)first | (uint32_t)second << 16));
+}
+/* The sum of both halves of every word. */
+INLINE int_quarter halves_of(short_quarter x) {
+    const int_quarter words = (int_quarter)x;
+    return ((int_quarter)((word_quarter)words << 16) >> 16) + (words >> 16);
+}
+INLINE short_quarter even_products(byte_quarter w, short_quarter x) {
+    return (short_quarter)((word_quarter)w & 0x00ff00ff) * x;
+}
+INLINE short_quarter odd_products(byte_quarter w, short_quarter x) {
+    return (short_quarter)((word_quarter)w >> 8 & 0x00ff00ff) * x;
+}
+
+/* a + the four products of bytes of w, 0..127, with the four signed bytes in x. */
 #define DOT_WIDE_OFFSET 0
-INLINE int16x signed_words(unsigned16x w) { return (int16x)w; }
 INLINE vint vi_dot(vint a, vbytes w, int32_t x) {
-    const unsigned16x words = (unsigned16x)w.v;
     int8_t four[4];
     memcpy(four, &x, sizeof four);
-    int16x sum = a.v + signed_words(words & 255) * four[0];
-    sum += signed_words(words >> 8 & 255) * four[1];
-    sum += signed_words(words >> 16 & 255) * four[2];
-    WHOLE(vint, sum + signed_words(words >> 24) * four[3]);
+    const short_quarter even = pair_of(four[0], four[2]), odd = pair_of(four[1], four[3]);
+    QUARTERS(vint, a.v[q] + halves_of(even_products(w.v[q], even) + odd_products(w.v[q], odd)));
 }
-INLINE vint vi_dot_wide(vint a, vbytes w, int32_t x) { return vi_dot(a, w, x); }
+/* The same for 0..255, where a sum of two products would not fit 16 bits. */
+INLINE vint vi_dot_wide(vint a, vbytes w, int32_t x) {
+    int8_t four[4];
+    memcpy(four, &x, sizeof four);
+    const short_quarter even = pair_of(four[0], four[2]), odd = pair_of(four[1], four[3]);
+    QUARTERS(vint, a.v[q] + halves_of(even_products(w.v[q], even)) +
+                       halves_of(odd_products(w.v[q], odd)));
+}
 
 /* a + the two products of bf16 pairs. */
+INLINE float_quarter dot_bf16_quarter(float_quarter a, word_quarter pairs, float x, float y) {
+    return (a + (float_quarter)(pairs << 16) * x) + (float_quarter)(pairs & 0xffff0000) * y;
+}
 INLINE vfloat vf_dot_bf16(vfloat a, vbytes w, uint32_t x) {
-    const unsigned16x pairs = (unsigned16x)w.v;
     const float first = from_bits(x << 16), second = from_bits(x & 0xffff0000);
-    WHOLE(vfloat, (a.v + (float16x)(pairs << 16) * first) + (float16x)(pairs & 0xffff0000) * second);
+    QUARTERS(vfloat, dot_bf16_quarter(a.v[q], (word_quarter)w.v[q], first, second));
 }
 INLINE vfloat vf_dot_f32(vfloat a, vbytes w, uint32_t x) {
-    WHOLE(vfloat, a.v + (float16x)w.v * from_bits(x));
+    QUARTERS(vfloat, a.v[q] + (float_quarter)w.v[q] * from_bits(x));
 }

@@ -9,6 +9,7 @@ import ipaddress
 from dataclasses import replace
 from pathlib import Path
 
+from vllm_models.gguf.mixture import find_isq
 from vllm_traits import ConfigError
 
 from vllm_server.config.load import Configuration
@@ -30,6 +31,8 @@ def check(configuration: Configuration) -> Configuration:
 
 
 def _check_model(engine: EngineSettings) -> None:
+    if engine.isq is not None:
+        find_isq(engine.isq)
     file = engine.gguf_file
     if file is None:
         return

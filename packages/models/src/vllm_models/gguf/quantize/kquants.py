@@ -106,7 +106,7 @@ def _join(codes: Tensor, bits: int) -> Tensor:
 def q2_k(blocks: Tensor) -> Tensor:
     """[n, 256] float32 -> [n, 84]."""
     x = _columns(blocks, 16)
-    shared, levels, fit = _affine_scales(x, fit_affine(x, 3, (0.0, 0.7), 3), 3, 16)
+    shared, levels, fit = _affine_scales(x, fit_affine(x, 3, (0.0, 0.7), 2), 3, 16)
     codes = _split(affine_codes(x, fit, 3), 16).view(-1, 4, 32)
     packed = torch.cat([_join(codes.view(-1, 2, 4, 32)[:, half], 2) for half in (0, 1)], 1)
     scales = levels[0] | levels[1] << 4
@@ -125,7 +125,7 @@ def _symmetric_scales(scales: Tensor, levels: int) -> tuple[Tensor, Tensor, Tens
 def q3_k(blocks: Tensor) -> Tensor:
     """[n, 256] float32 -> [n, 110]."""
     x = _columns(blocks, 16)
-    shared, levels, fit = _symmetric_scales(fit_symmetric(x, 4, (0.0, -1.0), 3), 32)
+    shared, levels, fit = _symmetric_scales(fit_symmetric(x, 4, (0.0, -1.0), 2), 32)
     codes = _split(symmetric_codes(x, fit, 4).add_(4), 16)
     top = _join((codes >> 2).view(-1, 8, 32), 1)
     low = (codes & 3).view(-1, 2, 4, 32)

@@ -20,8 +20,8 @@ def _nibbles(codes: Tensor) -> Tensor:
 
 def _fifth_bits(codes: Tensor) -> Tensor:
     """[n, 32] uint8 -> [n, 4], bit i of the 32 is the fifth of code i."""
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-    return ((codes >> 4).view(-1, 4, 8) * weights).sum(2, dtype=torch.uint8)
+    bits = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return ((codes >> 4).view(-1, 4, 8) << bits).sum(2, dtype=torch.uint8)
 
 
 def q8_0(blocks: Tensor) -> Tensor:

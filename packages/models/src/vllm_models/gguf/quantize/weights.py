@@ -1,13 +1,14 @@
 """Quantize a whole weight, one type for all rows, in tiles.
 
-On a CPU tiles fit its cache and are so small that torch computes each alone in one thread; several
-threads take different tiles, which is faster than several for each operation.
+On a CPU tiles fit its cache, and threads take different tiles, each alone: that needs no barrier
+after every operation, as threads would that share one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from vllm_models.gguf.quantize import kquants, plain
 from vllm_models.gguf.types import GgmlType, block_size, row_bytes
 
-_CPU_TILE = 30 << 10  # weights; torch splits what has 32 Ki
+_CPU_TILE = 128 << 10  # weights
 _DEVICE_TILE = 1 << 24
 _SHARE = 1 << 20  # weights that are worth a thread
 _LARGEST = 1e9  # beyond what any type holds, and its square fits float32
@@ -57,15 +58,27 @@ def quantize(weight: Tensor, kind: GgmlType, out: Tensor | None = None) -> Tenso
         return out
     blocks = weight.reshape(-1, block_size(kind))
     held = out.view(len(blocks), -1)
-    count = min(torch.get_num_threads(), blocks.numel() // _SHARE)
-    if count < 2 or weight.device.type != "cpu":
+    if weight.device.type != "cpu":
         _quantize_blocks(blocks, kind, held)
         return out
-    shares = zip(blocks.chunk(count), held.chunk(count), strict=True)
-    with ThreadPoolExecutor(count) as pool:
-        for done in [pool.submit(_quantize_blocks, some, kind, to) for some, to in shares]:
-            done.result()
+    with _one_thread_each() as threads:
+        count = max(1, min(threads, blocks.numel() // _SHARE))
+        shares = zip(blocks.chunk(count), held.chunk(count), strict=True)
+        with ThreadPoolExecutor(count) as pool:
+            for done in [pool.submit(_quantize_blocks, some, kind, to) for some, to in shares]:
+                done.result()
     return out
+
+
+@contextmanager
+def _one_thread_each() -> Generator[int]:
+    """Threads that start inside compute alone; gives how many torch would have used."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _quantize_blocks(blocks: Tensor, kind: GgmlType, held: Tensor) -> None:
