@@ -58,3 +58,23 @@ def test_a_tokens_answer_does_not_depend_on_its_neighbours() -> None:
 def test_more_chosen_experts_than_there_are_is_an_error() -> None:
     with pytest.raises(ModelError, match="6 of 5 experts"):
         mixture(renormalize=True, num_chosen=6)
+
+
+@pytest.mark.parametrize("groups", [(2, 1), (5, 6)])
+def test_groups_that_do_not_divide_the_experts_are_an_error(groups: tuple[int, int]) -> None:
+    with pytest.raises(ModelError, match="n_group"):
+        Routing(NUM_EXPERTS, 1, True, num_groups=groups[0], num_chosen_groups=groups[1])
+
+
+def test_experts_of_the_best_groups_are_chosen_although_better_ones_are_outside() -> None:
+    routing = Routing(4, 2, False, is_sigmoid=True, num_groups=2, num_chosen_groups=1, scale=3.0)
+    layer = MixtureOfExperts(4, routing, Counting)
+    for expert in layer.experts:
+        expert.weight = nn.Parameter(torch.eye(4), requires_grad=False)
+    layer.gate.weight.copy_(torch.eye(4))
+    layer.e_score_correction_bias.copy_(torch.tensor([0.0, 0.0, 0.5, 0.5]))
+    x = torch.tensor([[2.0, -9.0, 1.0, 0.0]])  # the first expert is best, its group is not
+    got = layer(x)
+    assert [expert.num_seen for expert in layer.experts] == [0, 0, 1, 1]
+    weights = torch.tensor([1.0, 0.0]).sigmoid().sum() * 3  # without the correction
+    torch.testing.assert_close(got, x * weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from vllm_models.native.experts import PackedExperts, reference
 from vllm_models.native.library import Library, load
 from vllm_models.native.processor import InstructionSet, runnable
 
+Make = Callable[[Library], list[PackedDense] | list[PackedBlocks]]
 COUNTS = ([1, 0, 0, 1, 1], [0, 0, 0, 0, 4], [2, 3, 1, 0, 140], [0, 0, 0, 0, 0])
 
 
@@ -23,8 +26,12 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def dense(library: Library) -> list[PackedDense]:
-    return [PackedDense(library, numbers(70, 64, seed=i).bfloat16()) for i in range(5)]
+def dense(library: Library, dtype: torch.dtype = torch.bfloat16) -> list[PackedDense]:
+    return [PackedDense(library, numbers(70, 64, seed=i).to(dtype)) for i in range(5)]
+
+
+def single(library: Library) -> list[PackedDense]:
+    return dense(library, torch.float32)
 
 
 def stacked(library: Library) -> list[PackedBlocks]:
@@ -42,13 +49,13 @@ def stacked(library: Library) -> list[PackedBlocks]:
     return [stack(parts[i : i + 2]) for i in range(0, 10, 2)]
 
 
-@pytest.mark.parametrize("make", [dense, stacked])
+@pytest.mark.parametrize("make", [dense, single, stacked])
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_row_has_the_bits_of_its_own_expert(
-    library: Library, make: object, counts: list[int], dtype: torch.dtype
+    library: Library, make: Make, counts: list[int], dtype: torch.dtype
 ) -> None:
-    weights = dense(library) if make is dense else stacked(library)
+    weights = make(library)
     experts = PackedExperts(weights)
     starts = torch.tensor([0, *counts]).cumsum(0)
     x = numbers(sum(counts), 64).to(dtype)
@@ -59,11 +66,14 @@ def test_every_row_has_the_bits_of_its_own_expert(
     assert torch.equal(experts.matmul(x, starts, bias=bias), torch.cat(plain))
 
 
-@pytest.mark.parametrize("make", [dense, stacked])
-def test_an_index_takes_rows_of_the_activations(library: Library, make: object) -> None:
-    weights = dense(library) if make is dense else stacked(library)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [dense, single, stacked])
+def test_an_index_takes_rows_of_the_activations(
+    library: Library, make: Make, dtype: torch.dtype
+) -> None:
+    weights = make(library)
     experts = PackedExperts(weights)
-    x, index = numbers(3, 64).bfloat16(), torch.tensor([2, 0, 0, 1, 2, 2])
+    x, index = numbers(3, 64).to(dtype), torch.tensor([2, 0, 0, 1, 2, 2])
     starts = torch.tensor([0, 1, 1, 4, 5, 6])
     assert torch.equal(experts.matmul(x, starts, index), experts.matmul(x[index], starts))
 

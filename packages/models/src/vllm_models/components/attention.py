@@ -51,20 +51,18 @@ class Attention(nn.Module):
         self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size, bias=out_bias)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if qk_norm else None
+        self.head_norms = (self.q_norm, self.k_norm)
 
     def forward(self, x: Tensor, rotate: Rotation, ctx: ForwardContext) -> Tensor:
         """[T, M] -> [T, M]."""
         q, k, v = self.project(x)
-        q, k = rotate(q), rotate(k)
+        q, k = rotate(q, self.head_norms[0]), rotate(k, self.head_norms[1])
         keys, values = ctx.kv[self.layer]
         kv_write(k, v, keys, values, ctx.slot_mapping)
         out = paged_attention(q, keys, values, ctx.attention[self.layer], self.scale)  # [T, H, D]
         return self.o_proj(out.flatten(1))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, M] -> queries [T, H, D], keys and values [T, K, D], before the rotation."""
+        """[T, M] -> queries [T, H, D], keys and values [T, K, D], before heads are normalised."""
         qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)  # [T, H + 2K, D]
-        q, k, v = qkv.split(self.heads, dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        return qkv.split(self.heads, dim=1)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vllm_models.components.norm import RMSNorm
 from vllm_models.config import RopeConfig
 from vllm_models.kernels.rope import rope
 
@@ -23,9 +24,10 @@ class Rotation(NamedTuple):
     sin: Tensor
     interleaved: bool = False
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Rotate the heads of a step: [T, H, D] -> [T, H, D]."""
-        return rope(x, self.cos, self.sin, self.interleaved)
+    def __call__(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """Rotate the heads of a step, each normalised before if so wanted: [T, H, D]."""
+        with_norm = None if norm is None else (norm.weight, norm.eps)
+        return rope(x, self.cos, self.sin, self.interleaved, with_norm)
 
 
 class RotaryEmbedding(nn.Module):

@@ -106,20 +106,16 @@ static void panel_rows(const dense_weight *w, int64_t panel, const uint32_t *x, 
 
 /* A row of x in the weights' type, padded to whole steps. */
 static void convert_row(const dense_weight *w, const matrix *x, int64_t row, uint32_t *to) {
-    int64_t steps = steps_of(w);
-    to[steps - 1] = 0;
-    if (w->type == BFLOAT16) {
-        uint16_t *numbers = (uint16_t *)to;
-        if (x->type == BFLOAT16)
-            memcpy(numbers, (uint16_t *)x->data + row * x->stride, (size_t)w->columns * 2);
-        else
-            for (int64_t i = 0; i < w->columns; i++)
-                numbers[i] = float_to_bf16(((float *)x->data)[row * x->stride + i]);
-    } else {
-        float *numbers = (float *)to;
-        const uint16_t *halves = (const uint16_t *)x->data + row * x->stride;
-        for (int64_t i = 0; i < w->columns; i++) numbers[i] = bf16_to_float(halves[i]);
-    }
+    const float *singles = (const float *)x->data + row * x->stride;
+    const uint16_t *halves = (const uint16_t *)x->data + row * x->stride;
+    to[steps_of(w) - 1] = 0;
+    if (x->type == w->type)
+        memcpy(to, x->type == FLOAT32 ? (const void *)singles : halves,
+               (size_t)w->columns * (x->type == FLOAT32 ? 4 : 2));
+    else if (w->type == FLOAT32)
+        for (int64_t i = 0; i < w->columns; i++) to[i] = (uint32_t)halves[i] << 16;
+    else
+        for (int64_t i = 0; i < w->columns; i++) ((uint16_t *)to)[i] = float_to_bf16(singles[i]);
 }
 
 /* Whether x can be read as it is. */

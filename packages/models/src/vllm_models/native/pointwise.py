@@ -35,13 +35,10 @@ class _Gate(ctypes.Structure):
 
 class _Rotate(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "cos", "sin", "q_weight", "k_weight")),
-        *((name, ctypes.c_int64) for name in ("num_tokens", "stride", "num_q_heads")),
-        *((name, ctypes.c_int64) for name in ("num_k_heads", "dim", "rotated")),
-        ("interleaved", ctypes.c_int64),
-        ("type", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("out", "x", "cos", "sin", "weight")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "stride", "num_heads", "dim")),
+        *((name, ctypes.c_int64) for name in ("rotated", "interleaved", "type")),
         ("eps", ctypes.c_float),
-        ("offset", ctypes.c_float),
     )
 
 
@@ -94,30 +91,28 @@ def gate(library: Library, gate_up: Tensor, activation: str) -> Tensor:
 
 def rotate_heads(
     library: Library,
-    heads: Tensor,
-    num_q_heads: int,
+    x: Tensor,
     angles: tuple[Tensor, Tensor],
-    norm: tuple[Tensor, Tensor, float] | None = None,
     interleaved: bool = False,
-) -> None:
-    """Turn query and key heads in place.
+    norm: tuple[Tensor, float] | None = None,
+) -> Tensor:
+    """Turn heads by the positions of their tokens: [T, H, D] -> [T, H, D].
 
     Args:
         library: The kernels.
-        heads: [T, H + K, D], queries first; a token's heads are neighbours.
-        num_q_heads: H.
-        angles: Cosine and signed sine [T, 1, R] of the first R numbers of a head, of its dtype.
-        norm: Weights [D] of queries and keys and an epsilon: each head is normalised before.
+        x: float32 or bfloat16; a token's heads are neighbours, tokens may be apart.
+        angles: Cosine and signed sine [T, 1, R] of the first R numbers of a head, of x's dtype.
         interleaved: Pairs are neighbours, not halves.
+        norm: Weight [D] and epsilon of a norm of each head before.
     """
-    num_tokens, num_heads, dim = heads.shape
+    num_tokens, num_heads, dim = x.shape
     cos, sin = angles
-    q_weight, k_weight, eps = (None, None, 0.0) if norm is None else norm
+    weight, eps = (None, 0.0) if norm is None else norm
+    out = torch.empty(x.shape, dtype=x.dtype)
     call = _Rotate(
-        *(heads.data_ptr(), cos.data_ptr(), sin.data_ptr()),
-        None if q_weight is None else q_weight.data_ptr(),
-        None if k_weight is None else k_weight.data_ptr(),
-        *(num_tokens, heads.stride(0), num_q_heads, num_heads - num_q_heads, dim),
-        *(cos.shape[-1], interleaved, TYPES[heads.dtype], eps, 0.0),
+        *(out.data_ptr(), x.data_ptr(), cos.data_ptr(), sin.data_ptr()),
+        None if weight is None else weight.data_ptr(),
+        *(num_tokens, x.stride(0), num_heads, dim, cos.shape[-1], interleaved, TYPES[x.dtype], eps),
     )
     library.rotate_heads(address(call))
+    return out
