@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 from vllm_models import BackendOptions, TorchBackend, load_backend
+from vllm_models.native.library import library
 
 CLASSES = {
     "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
@@ -118,9 +119,14 @@ def one_thread() -> None:
 
 
 @pytest.fixture
-def torch_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products by torch, exact to float32: the CPU's kernels round activations to 8 bits."""
+def torch_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything by torch: weights as they are, and products that are exact to float32, where the
+    CPU's kernels pad and reorder weights and round activations to 8 bits.
+    """
     monkeypatch.setenv("VLLM_LITE_NATIVE", "off")
+    library.cache_clear()
+    yield
+    library.cache_clear()
 
 
 MakeCheckpoint = Callable[..., Checkpoint]

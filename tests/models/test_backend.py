@@ -153,9 +153,8 @@ def test_ids_outside_the_vocabulary_fail_their_sequence(
 
 
 def test_wrong_numbers_of_one_sequence_never_reach_the_next_owner_of_its_blocks(
-    small: Any, monkeypatch: pytest.MonkeyPatch
+    small: Any, torch_products: None
 ) -> None:
-    monkeypatch.setenv("VLLM_LITE_NATIVE", "off")  # a plain weight can be changed
     backend = small.load()
     poisoned, healthy = start(0, prompt=(5, *PROMPT, *PROMPT)), start(1)
     embedding = backend._runner._model.model.embed_tokens.weight
@@ -175,10 +174,7 @@ def test_wrong_numbers_of_one_sequence_never_reach_the_next_owner_of_its_blocks(
     assert tokens == small.greedy(PROMPT, 7)
 
 
-def test_a_row_forgets_the_blocks_of_its_last_sequence(
-    small: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VLLM_LITE_NATIVE", "off")  # a plain weight can be changed
+def test_a_row_forgets_the_blocks_of_its_last_sequence(small: Any, torch_products: None) -> None:
     backend = small.load(max_sequences=2)
     step(backend, Chunk(0, 0, 11, blocks(0)), starts=(start(0),))
     embedding = backend._runner._model.model.embed_tokens.weight

@@ -12,6 +12,8 @@ from vllm_models import BackendOptions, device
 from vllm_models.runner import memory
 from vllm_traits import ConfigError, DeviceError
 
+pytestmark = pytest.mark.usefixtures("torch_products")  # weights are not padded
+
 BYTES_PER_BLOCK = 2 * 2 * 4 * 2 * 16 * 4  # layers, keys and values, positions, heads, width, f32
 
 
@@ -23,12 +25,6 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(memory, "free_memory", lambda _: num_bytes)
 
     return pretend
-
-
-@pytest.fixture(autouse=True)
-def plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large as in the checkpoint; kernels pad theirs."""
-    monkeypatch.setenv("VLLM_LITE_NATIVE", "off")
 
 
 def test_the_pool_never_holds_more_than_every_sequence_at_full_length(small: Any) -> None:

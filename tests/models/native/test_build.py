@@ -21,6 +21,7 @@ from vllm_models.native.build import (
     openmp_runtime,
 )
 from vllm_models.native.processor import InstructionSet, features, runnable
+from vllm_traits import ConfigError
 
 PORTABLE = InstructionSet.PORTABLE
 SMALL = """
@@ -134,27 +135,32 @@ def test_without_a_compiler_torch_computes_and_one_line_says_so(
     monkeypatch.setenv("CC", "absent-cc")
     monkeypatch.setenv("VLLM_LITE_NATIVE", "auto")
     libraries.load.cache_clear()
-    libraries._choose.cache_clear()
+    libraries.library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             assert libraries.library() is None
             assert libraries.library() is None
     finally:
         libraries.load.cache_clear()
-        libraries._choose.cache_clear()
+        libraries.library.cache_clear()
     (record,) = caplog.records
     assert "No native kernels: CC is 'absent-cc', which is not there." in record.getMessage()
 
 
 def test_a_class_can_be_forced_or_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_LITE_NATIVE", "off")
-    assert libraries.library() is None
-    monkeypatch.setenv("VLLM_LITE_NATIVE", "portable")
-    chosen = libraries.library()
-    assert chosen is not None and chosen.kind is PORTABLE
-    monkeypatch.setenv("VLLM_LITE_NATIVE", "abacus")
-    with pytest.raises(BuildError, match="'abacus', but this machine can: off, "):
-        libraries.library()
+    def choose(name: str) -> libraries.Library | None:
+        monkeypatch.setenv("VLLM_LITE_NATIVE", name)
+        libraries.library.cache_clear()
+        return libraries.library()
+
+    try:
+        assert choose("off") is None
+        chosen = choose("portable")
+        assert chosen is not None and chosen.kind is PORTABLE
+        with pytest.raises(ConfigError, match="'abacus', but this machine can: auto, off, "):
+            choose("abacus")
+    finally:
+        libraries.library.cache_clear()
 
 
 def test_classes_follow_the_processors_features(tmp_path: Path) -> None:

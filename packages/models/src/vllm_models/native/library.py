@@ -14,6 +14,7 @@ import os
 
 import torch  # brings the OpenMP runtime that libraries ask for
 from torch import Tensor
+from vllm_traits import ConfigError
 
 from vllm_models.native.build import BuildError, build
 from vllm_models.native.processor import InstructionSet, runnable
@@ -92,13 +93,31 @@ def load(kind: InstructionSet) -> Library:
         raise BuildError(f"the library does not load: {error}") from error
 
 
+@functools.cache
 def library() -> Library | None:
     """The library this process uses: VLLM_LITE_NATIVE, or the best class; None without one.
 
+    Says once what is lost without a library.
+
     Raises:
-        BuildError: VLLM_LITE_NATIVE names a class that is unknown or does not run here.
+        ConfigError: VLLM_LITE_NATIVE names a class that is unknown or does not run here.
     """
-    return _choose(os.environ.get("VLLM_LITE_NATIVE", "auto"))
+    name = os.environ.get("VLLM_LITE_NATIVE", "auto")
+    if name == "off":
+        return None
+    kinds = runnable()
+    if name != "auto" and name not in kinds:
+        can = ", ".join(("auto", "off", *kinds))
+        raise ConfigError(f"VLLM_LITE_NATIVE is {name!r}, but this machine can: {can}.")
+    try:
+        return load(kinds[0] if name == "auto" else InstructionSet(name))
+    except BuildError as error:
+        _LOG.warning(
+            "No native kernels: %s. torch computes instead: slower, most of all with "
+            "quantized weights, and results may depend on the batch.",
+            error,
+        )
+        return None
 
 
 def loaded() -> Library:
@@ -117,23 +136,3 @@ def library_for(weight: Tensor) -> Library | None:
 def library_for_blocks(blocks: Tensor) -> Library | None:
     """The library this process uses, if it can serve blocks on this device."""
     return library() if blocks.is_cpu else None
-
-
-@functools.cache
-def _choose(name: str) -> Library | None:
-    """Say once what is lost without a library."""
-    if name == "off":
-        return None
-    kinds = runnable()
-    if name != "auto" and name not in kinds:
-        can = ", ".join(("off", *kinds))
-        raise BuildError(f"VLLM_LITE_NATIVE is {name!r}, but this machine can: {can}.")
-    try:
-        return load(kinds[0] if name == "auto" else InstructionSet(name))
-    except BuildError as error:
-        _LOG.warning(
-            "No native kernels: %s. torch computes instead: slower, most of all with "
-            "quantized weights, and results may depend on the batch.",
-            error,
-        )
-        return None
