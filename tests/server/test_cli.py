@@ -163,7 +163,7 @@ def test_every_command_that_needs_a_model_takes_the_settings(command):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["serve", "--isq", "q4k"], 2, "Quantizing weights while loading is not available"),
+        (["serve", "--draft-model", "x"], 2, "Speculation with a draft model is not available"),
         (["serve", "--tensor-parallel-size", "2"], 2, "Tensor parallelism is not available"),
         (["serve", "--config", "missing.yaml"], 2, "Cannot read the configuration file"),
         (["serve", "--hardened", "--host", "0.0.0.0"], 2, "only with keys"),

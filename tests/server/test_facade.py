@@ -258,7 +258,7 @@ def test_the_dtype_argument_wins_over_the_field():
     ("fields", "error", "message"),
     [
         ({"max_model_length": 9}, TypeError, r"did you mean max_model_len\?"),
-        ({"isq": "q4k"}, TypeError, "not available in this version"),
+        ({"draft_model": "tiny"}, TypeError, "not available in this version"),
         ({"weight_file": "x.gguf"}, ModelError, "has no file 'x.gguf'"),
         ({"weight_file": "x.gguf", "gguf_file": "y.gguf"}, ConfigError, "give one of them"),
         ({"max_num_seqs": 0}, ConfigError, "max_num_seqs is 0, but must be at least 1"),

@@ -23,6 +23,7 @@ from vllm_server.banner import banner, exposure_warning
 from vllm_server.config import EngineSettings, SamplingSettings, ServerSettings, Settings, load
 from vllm_server.config.flags import FlagParser
 from vllm_server.listen import addresses, open_socket
+from vllm_server.self_check import Findings
 from vllm_traits import ConfigError, ModelError
 
 PATIENCE = 60.0
@@ -195,7 +196,10 @@ class Memory:
 
 def test_the_banner_has_every_figure_of_the_start():
     told = "\n".join(
-        banner(settings(), "demo", Memory(), {"load": 1.0, "warm-up": 0.25}, ["http://h:1"])
+        banner(
+            *(settings(), "demo", Memory(), Findings()),
+            *({"load": 1.0, "warm-up": 0.25}, ["http://h:1"]),
+        )
     )
     for part in (
         "serves demo",
@@ -203,11 +207,12 @@ def test_the_banner_has_every_figure_of_the_start():
         "--model PATH_OR_HUB_ID",
         "3.0 MB of weights, bfloat16 on cpu",
         "64 blocks x 16 tokens = 1024 tokens, 5.0 MB; 2.0 sequences of full length",
+        "Results do not depend on the batch",
         "1.25 s (load 1.00 s, warm-up 0.25 s)",
         "http://h:1",
     ):
         assert part in told
-    real = "\n".join(banner(settings("--model", "a/b"), "a/b", Memory(), {}, []))
+    real = "\n".join(banner(settings("--model", "a/b"), "a/b", Memory(), Findings(), {}, []))
     assert "demonstration" not in real
 
 

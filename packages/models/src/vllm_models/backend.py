@@ -21,14 +21,19 @@ from vllm_traits import (
 
 from vllm_models.components.decoder import Decoder
 from vllm_models.config import ModelConfig, architecture_name
+from vllm_models.determinism import batch_dependence
 from vllm_models.device import pick_device, pick_dtype, set_threads
+from vllm_models.measure import KernelSpeed, measure_kernels
+from vllm_models.native.library import loaded as native
 from vllm_models.options import BackendOptions, LoadProgress, OnProgress, ignore_progress
 from vllm_models.pooling_config import default_pooling
 from vllm_models.quantization.isq import IsqScheme
 from vllm_models.quantization.scheme import scheme_for
 from vllm_models.registry import find_architecture
+from vllm_models.runner.cost import CostModel
 from vllm_models.runner.kv import allocate_kv, kv_groups
 from vllm_models.runner.memory import MemoryReport, plan_memory
+from vllm_models.runner.recorded import RecordedSteps
 from vllm_models.runner.rows import Rows
 from vllm_models.runner.runner import Runner
 from vllm_models.weights.checkpoint import Checkpoint, open_checkpoint
@@ -43,11 +48,13 @@ class Loaded:
         config: The model's shape.
         memory: What was allocated.
         default_pooling: Of a sentence-transformers checkpoint; None for others.
+        batch_dependence: Why results may depend on the batch; nothing if they never do.
     """
 
     config: ModelConfig
     memory: MemoryReport
     default_pooling: PoolingParams | None
+    batch_dependence: tuple[str, ...]
 
 
 class TorchBackend:
@@ -91,6 +98,16 @@ class TorchBackend:
             return self._runner.forward(batch)
         except (RuntimeError, IndexError) as error:
             raise BackendError(f"Step {batch.step} failed on the device: {error}") from error
+
+    def measure_kernels(self) -> KernelSpeed | None:
+        """How close the kernels come to the memory's limit; None where torch computes.
+
+        Raises:
+            BackendError: The backend is closed.
+        """
+        if self._runner is None:
+            raise BackendError("The backend is closed.")
+        return None if self.memory.device != "cpu" else measure_kernels(self._runner.model)
 
     def close(self) -> None:
         """Drop weights, rows and the KV pool."""
@@ -153,8 +170,11 @@ def _assemble(
         kv_groups=groups,
         fingerprint=sha256(checkpoint.fingerprint() + layout.encode()).digest(),
     )
-    loaded = Loaded(config, memory, default_pooling(options.model))
-    return TorchBackend(Runner(model, kv, rows), info, loaded)
+    loaded = Loaded(config, memory, default_pooling(options.model), batch_dependence(model, kv))
+    cost = CostModel(model, groups, options.block_size, config) if device.type == "cpu" else None
+    is_recorded = kv.is_native and not options.enforce_eager
+    recorded = RecordedSteps(model, native()) if is_recorded else None
+    return TorchBackend(Runner(model, kv, rows, cost, recorded), info, loaded)
 
 
 def _warm_up(backend: TorchBackend, on_progress: OnProgress) -> None:

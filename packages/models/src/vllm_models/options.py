@@ -47,6 +47,7 @@ class BackendOptions:
         threads: CPU threads; None is one for a small model and torch's own choice for others.
         isq: Type that plain weights are quantized to while loading, see `gguf.mixture`; None leaves
             them as they are.
+        enforce_eager: Walk through the layers in every step, and record no decode step.
 
     Raises:
         ConfigError: A value that can never work.
@@ -64,6 +65,7 @@ class BackendOptions:
     max_batch_tokens: int = 2048
     threads: int | None = None
     isq: str | None = None
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what can never work."""
@@ -100,7 +102,7 @@ class LoadProgress(NamedTuple):
         detail: A file name or a short remark for people.
     """
 
-    stage: Literal["download", "load", "quantize", "warm-up"]
+    stage: Literal["download", "load", "quantize", "warm-up", "self-check"]
     fraction: float
     detail: str = ""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_server.config import Settings
 from vllm_server.config.check import is_loopback
+from vllm_server.self_check import Findings
 
 if TYPE_CHECKING:
     from vllm_models import MemoryReport
@@ -22,6 +23,7 @@ def banner(
     settings: Settings,
     name: str,
     memory: MemoryReport,
+    findings: Findings,
     seconds: Mapping[str, float],
     addresses: Sequence[str],
 ) -> Iterator[str]:
@@ -31,6 +33,7 @@ def banner(
         settings: The whole configuration.
         name: The model's name in the API.
         memory: What the backend holds.
+        findings: What is known about its results.
         seconds: How long each part of the start took.
         addresses: Where clients find the server.
     """
@@ -48,6 +51,7 @@ def banner(
         f"tokens, {memory.kv_bytes * mb:.1f} MB; {memory.max_concurrency:.1f} sequences of full "
         "length at once"
     )
+    yield from findings.lines()
     parts = ", ".join(f"{part} {spent:.2f} s" for part, spent in seconds.items())
     yield f"Start: {sum(seconds.values()):.2f} s ({parts})"
     yield f"Listening on {' and '.join(addresses)} (API under /v1, reference at /docs)"

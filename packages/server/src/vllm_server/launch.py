@@ -24,6 +24,7 @@ from vllm_traits import ModelError
 
 from vllm_server.background import in_background
 from vllm_server.config import EngineSettings, SamplingSettings, Settings
+from vllm_server.self_check import Findings, examine
 from vllm_server.service import ModelCard, Service
 from vllm_server.text.tokenizer import Tokenizer
 
@@ -46,6 +47,7 @@ class LoadedModel:
         tokenizer: Its text side.
         scheduler: How an engine should share it.
         sampling: Defaults for requests that do not say: the operator's, else the model's own.
+        findings: What is known about its results.
     """
 
     folder: Path
@@ -53,6 +55,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     scheduler: SchedulerConfig
     sampling: SamplingSettings
+    findings: Findings
 
     @property
     def memory(self) -> MemoryReport:
@@ -86,7 +89,7 @@ def load_model(settings: Settings, on_progress: OnProgress) -> LoadedModel:
 
     Raises:
         ModelError: The model is not there or cannot be loaded.
-        DeviceError: The device is missing or too small.
+        DeviceError: The device is missing or too small, or fails the self-check.
         ConfigError: A setting does not fit the model.
     """
     # Idle workers that spin starve the HTTP thread, and each other on a busy machine, many times
@@ -101,8 +104,9 @@ def load_model(settings: Settings, on_progress: OnProgress) -> LoadedModel:
     backend = load_backend(backend_options(engine, folder), on_progress)
     for note in backend.memory.notes:
         log.info("%s", note)
+    findings = examine(backend, engine.self_check, engine.deterministic, on_progress)
     sampling = sampling_defaults(settings.sampling, folder)
-    return LoadedModel(folder, backend, tokenizer, scheduler_config(settings), sampling)
+    return LoadedModel(folder, backend, tokenizer, scheduler_config(settings), sampling, findings)
 
 
 def find_model(
@@ -181,6 +185,7 @@ def backend_options(engine: EngineSettings, folder: Path) -> BackendOptions:
         max_batch_tokens=engine.max_num_batched_tokens or defaults.max_num_batched_tokens,
         threads=engine.num_threads,
         isq=engine.isq,
+        enforce_eager=engine.enforce_eager,
     )
 
 
@@ -272,4 +277,4 @@ def make_service(settings: Settings, model: LoadedModel, engine: AsyncEngine) ->
             "enable_prefix_caching": str(settings.engine.prefix_cache),
         },
     )
-    return Service(engine, model.tokenizer, card, model.sampling)
+    return Service(engine, model.tokenizer, card, model.sampling, model.findings)

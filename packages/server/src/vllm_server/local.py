@@ -187,7 +187,9 @@ class LocalEngine:
             DeviceError: The device is missing or too small.
             ConfigError: A setting does not fit the model.
         """
-        return cls(start_loading(settings, on_progress).result(), settings.engine.context_cache)
+        model = start_loading(settings, on_progress).result()
+        model.findings.log()
+        return cls(model, settings.engine.context_cache)
 
     def __enter__(self) -> LocalEngine:
         return self

@@ -36,7 +36,12 @@ log = logging.getLogger(__name__)
 
 CLEAN, INTERRUPTED = 0, 130
 # Share of the whole start that lies behind when a stage begins, and its own share.
-_STAGES = {"download": (0.0, 0.5), "load": (0.5, 0.4), "warm-up": (0.9, 0.1)}
+_STAGES = {
+    "download": (0.0, 0.5),
+    "load": (0.5, 0.4),
+    "warm-up": (0.9, 0.05),
+    "self-check": (0.95, 0.05),
+}
 _FLUSH_SECONDS = 2  # for the last events of streams that were cut off
 _WATCH_SECONDS = 0.5  # how often the engine's health is looked at
 _FIRST = asyncio.FIRST_COMPLETED
@@ -110,7 +115,8 @@ class Server:
         service = make_service(self.settings, model, self._engine)
         self.state.complete(service)
         watch.stop()
-        for line in banner(self.settings, service.card.id, model.memory, watch.seconds, where):
+        names = (self.settings, service.card.id, model.memory, model.findings)
+        for line in banner(*names, watch.seconds, where):
             log.info("%s", line)
         return self._engine
 

@@ -21,6 +21,7 @@ from vllm_traits import FinishReason, Request, RequestOutput
 from vllm_server.config.schema import SamplingSettings, Settings
 from vllm_server.ops.auth import Identity, KeyRing
 from vllm_server.ops.limits import RateLimiter
+from vllm_server.self_check import Findings
 from vllm_server.text.tokenizer import Tokenizer
 
 Phase = Literal["loading", "ready", "draining", "dead"]
@@ -122,12 +123,14 @@ class Service:
         tokenizer: Text and token ids.
         card: What the API says about the model.
         defaults: Sampling where a request is silent: settings over the model's own values.
+        findings: What is known about the model's results; None if nobody looked.
     """
 
     engine: EngineClient
     tokenizer: Tokenizer
     card: ModelCard
     defaults: SamplingSettings = field(default_factory=SamplingSettings)
+    findings: Findings | None = None
 
 
 class ServerState:

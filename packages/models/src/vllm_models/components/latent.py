@@ -42,6 +42,7 @@ class AsNumbers(LinearMethod):
         self._saved.pack(layer)
         weight = self._saved.dequantize(layer).to(self._dtype)
         Linear.use(layer, Dense())
+        layer.packed = None
         layer.weight = nn.Parameter(weight, requires_grad=False)
 
     def apply(self, layer: Linear, x: Tensor, bias: Tensor | None) -> Tensor:

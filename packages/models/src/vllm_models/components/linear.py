@@ -71,6 +71,10 @@ class LinearMethod(ABC):
     def dequantize(self, layer: Linear) -> Tensor:
         """The weight as numbers: [out_features, in_features] float32."""
 
+    def packed_parts(self, layer: Linear) -> list[Packed | None]:
+        """What the CPU's kernels multiply; None stands for a part that torch does."""
+        return [layer.packed]
+
     def gather(self, layer: Linear, rows: Tensor) -> Tensor:
         """Some rows of the weight, for embeddings: [T] -> [T, in_features]."""
         return F.embedding(rows, self.dequantize(layer))

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from vllm_models.native.library import Library
-from vllm_models.native.packed import address
 
 LANES = 16  # tokens side by side; a block holds a multiple of it
 MAX_DIM = 576
@@ -124,7 +123,7 @@ def attend(
         *(scale, soft_cap),
     )
     run = library.attention_bf16 if dtype == torch.bfloat16 else library.attention_f32
-    if not run(address(call), spans.spans.data_ptr(), len(spans.spans)):
+    if not run(ctypes.byref(call), spans.spans.data_ptr(), len(spans.spans)):
         raise MemoryError("no memory for the partial sums of attention")
     return out
 
@@ -156,4 +155,4 @@ def write_kv(
         *(k.stride(0), 0 if v is None else v.stride(0)),
     )
     write = library.kv_write_bf16 if k.dtype == torch.bfloat16 else library.kv_write_f32
-    write(address(call))
+    write(ctypes.byref(call))

@@ -11,6 +11,8 @@ import ctypes
 import functools
 import logging
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch  # brings the OpenMP runtime that libraries ask for
 from torch import Tensor
@@ -46,38 +48,71 @@ _FUNCTIONS: dict[str, tuple[tuple[type, ...], type | None]] = {
     "rms_norm": ((_POINTER,), None),
     "gate_rows": ((_POINTER,), None),
     "rotate_heads": ((_POINTER,), None),
+    "add_numbers": ((_POINTER, _POINTER, _POINTER, _INT, _INT), None),
+    "replay": ((_POINTER, _INT), _INT),
     "read_memory": ((_POINTER, _INT), ctypes.c_float),
     "copy_memory": ((_POINTER, _POINTER, _INT), None),
 }
 
 
+class Function:
+    """A C function that tells its library's listener what it was called with.
+
+    Attributes:
+        address: Where it lies.
+        is_checked: Its result says whether it succeeded.
+    """
+
+    __slots__ = ("_library", "_run", "address", "is_checked")
+
+    def __init__(self, library: Library, name: str) -> None:
+        run = getattr(library.loaded, name)
+        run.argtypes, run.restype = _FUNCTIONS[name]
+        self._library = library
+        self._run = run
+        self.address: int = ctypes.cast(run, ctypes.c_void_p).value or 0
+        self.is_checked = run.restype is ctypes.c_int
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call it."""
+        result = self._run(*arguments)
+        if self._library.listener is not None:
+            self._library.listener(self, arguments, result)
+        return result
+
+
 class Library:
-    """The C functions of one instruction-set class; the sources say what they take."""
+    """The C functions of one instruction-set class; the sources say what they take.
+
+    Attributes:
+        kind: The class.
+        listener: Told of every call: the function, its arguments and its result.
+    """
 
     def __init__(self, kind: InstructionSet) -> None:
         self.kind = kind
-        loaded = ctypes.CDLL(str(build(kind)))
-        for name, (arguments, result) in _FUNCTIONS.items():
-            function = getattr(loaded, name)
-            function.argtypes, function.restype = arguments, result
-        self.dense_linear = loaded.dense_linear
-        self.dense_experts = loaded.dense_experts
-        self.dense_pack = loaded.dense_pack
-        self.blocks_linear = loaded.blocks_linear
-        self.blocks_experts = loaded.blocks_experts
-        self.blocks_bytes = loaded.blocks_bytes
-        self.blocks_pack = loaded.blocks_pack
-        self.grouped_pack = loaded.grouped_pack
-        self.blocks_gather = loaded.blocks_gather
-        self.attention_bf16 = loaded.attention_bf16
-        self.attention_f32 = loaded.attention_f32
-        self.kv_write_bf16 = loaded.kv_write_bf16
-        self.kv_write_f32 = loaded.kv_write_f32
-        self.rms_norm = loaded.rms_norm
-        self.gate_rows = loaded.gate_rows
-        self.rotate_heads = loaded.rotate_heads
-        self.read_memory = loaded.read_memory
-        self.copy_memory = loaded.copy_memory
+        self.listener: Callable[[Function, tuple[Any, ...], Any], None] | None = None
+        self.loaded = ctypes.CDLL(str(build(kind)))
+        self.dense_linear = Function(self, "dense_linear")
+        self.dense_experts = Function(self, "dense_experts")
+        self.dense_pack = Function(self, "dense_pack")
+        self.blocks_linear = Function(self, "blocks_linear")
+        self.blocks_experts = Function(self, "blocks_experts")
+        self.blocks_bytes = Function(self, "blocks_bytes")
+        self.blocks_pack = Function(self, "blocks_pack")
+        self.grouped_pack = Function(self, "grouped_pack")
+        self.blocks_gather = Function(self, "blocks_gather")
+        self.attention_bf16 = Function(self, "attention_bf16")
+        self.attention_f32 = Function(self, "attention_f32")
+        self.kv_write_bf16 = Function(self, "kv_write_bf16")
+        self.kv_write_f32 = Function(self, "kv_write_f32")
+        self.rms_norm = Function(self, "rms_norm")
+        self.gate_rows = Function(self, "gate_rows")
+        self.rotate_heads = Function(self, "rotate_heads")
+        self.add_numbers = Function(self, "add_numbers")
+        self.replay = Function(self, "replay")
+        self.read_memory = Function(self, "read_memory")
+        self.copy_memory = Function(self, "copy_memory")
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_models.native.library import Library
-from vllm_models.native.packed import TYPES, address
+from vllm_models.native.packed import TYPES
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
@@ -67,7 +67,7 @@ def rms_norm(
         None if weight is None else weight.data_ptr(),
         *(rows.shape[0], rows.shape[1], rows.stride(0), TYPES[x.dtype], eps, offset),
     )
-    library.rms_norm(address(call))
+    library.rms_norm(ctypes.byref(call))
     return out
 
 
@@ -85,7 +85,7 @@ def gate(library: Library, gate_up: Tensor, activation: str) -> Tensor:
         *(out.data_ptr(), gate_up.data_ptr(), rows, width, gate_up.stride(0)),
         *(TYPES[gate_up.dtype], ACTIVATIONS[activation]),
     )
-    library.gate_rows(address(call))
+    library.gate_rows(ctypes.byref(call))
     return out
 
 
@@ -114,5 +114,5 @@ def rotate_heads(
         None if weight is None else weight.data_ptr(),
         *(num_tokens, x.stride(0), num_heads, dim, cos.shape[-1], interleaved, TYPES[x.dtype], eps),
     )
-    library.rotate_heads(address(call))
+    library.rotate_heads(ctypes.byref(call))
     return out

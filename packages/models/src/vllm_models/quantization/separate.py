@@ -84,6 +84,11 @@ class Separate(LinearMethod):
             products.append(method.apply(_alone(layer, part), x, own))
         return torch.cat(products, dim=-1)
 
+    def packed_parts(self, layer: Linear) -> list[Packed | None]:
+        """Of every part."""
+        parts = (m.packed_parts(_alone(layer, part)) for part, m in self.methods.items())
+        return [packed for some in parts for packed in some]
+
     def dequantize(self, layer: Linear) -> Tensor:
         """The parts above one another."""
         return torch.cat([m.dequantize(_alone(layer, part)) for part, m in self.methods.items()])

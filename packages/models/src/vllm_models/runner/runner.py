@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import torch
@@ -19,9 +20,11 @@ from vllm_traits import (
 
 from vllm_models.components.decoder import Decoder
 from vllm_models.runner import pool
+from vllm_models.runner.cost import CostModel
 from vllm_models.runner.inputs import Inputs, Work, place_chunks, token_ids_and_context
 from vllm_models.runner.kv import KVPool
 from vllm_models.runner.logprobs import describe
+from vllm_models.runner.recorded import RecordedSteps
 from vllm_models.runner.rows import Row, Rows
 from vllm_models.runner.sample import NON_FINITE, Sampled, sample
 
@@ -35,19 +38,36 @@ class Runner:
         model: With its weights.
         kv: The pool.
         rows: Rows over the same pool.
+        cost: What steps cost; None where the time of a step is not the device's.
+        recorded: Repeats decode steps; None walks through the layers every time.
     """
 
-    def __init__(self, model: Decoder, kv: KVPool, rows: Rows) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        kv: KVPool,
+        rows: Rows,
+        cost: CostModel | None = None,
+        recorded: RecordedSteps | None = None,
+    ) -> None:
         self._model = model
+        self._recorded = recorded
         self._kv = kv
         self._rows = rows
+        self._cost = cost
+
+    @property
+    def model(self) -> Decoder:
+        """As given."""
+        return self._model
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> InFlight:
         """Compute a batch; sampling waits only if a chunk is masked."""
+        start = time.perf_counter()
         self._rows.apply(batch)
         inputs = place_chunks(batch.chunks, self._rows)
-        step = Step(self._rows, inputs)
+        step = Step(self._rows, inputs, self._cost)
         if inputs.works:
             hidden = self._hidden(inputs)  # [T, M]
             step.prompt_logprobs = self._prompt_logprobs(inputs, hidden)
@@ -55,6 +75,7 @@ class Runner:
             if inputs.targets:
                 places = torch.tensor(inputs.target_places, device=hidden.device)
                 step.logits = self._model.logits(hidden[places]).float()  # [N, V]
+        step.seconds = time.perf_counter() - start
         if any(chunk.masked for chunk in batch.chunks):
             return step
         step.sample()
@@ -62,6 +83,9 @@ class Runner:
 
     def _hidden(self, inputs: Inputs) -> Tensor:
         token_ids, ctx = token_ids_and_context(inputs.works, self._rows, self._kv)
+        recorded = self._recorded if _is_decode(inputs.works) else None
+        if recorded is not None and recorded.can_run(len(token_ids)):
+            return recorded.forward(token_ids, ctx)
         return self._model(token_ids, ctx)
 
     def _prompt_logprobs(
@@ -88,6 +112,13 @@ class Runner:
         return tuple(scored)
 
 
+def _is_decode(works: list[Work]) -> bool:
+    """Whether a step computes one token of every sequence, and none is pooled."""
+    return all(
+        work.chunk.num_tokens == 1 and isinstance(work.row.params, SamplingParams) for work in works
+    )
+
+
 def _pool(inputs: Inputs, hidden: Tensor) -> dict[int, tuple[float, ...]]:
     """Feed the pooling sequences; vectors of those whose last chunk this was."""
     vectors: dict[int, tuple[float, ...]] = {}
@@ -112,20 +143,24 @@ class Step:
         logits: [N, V] of the targets; None if nothing is to be sampled.
         prompt_logprobs: By sequence.
         embeddings: By sequence.
+        seconds: Spent on it so far.
     """
 
-    def __init__(self, rows: Rows, inputs: Inputs) -> None:
+    def __init__(self, rows: Rows, inputs: Inputs, cost: CostModel | None) -> None:
         self.logits: Tensor | None = None
         self.prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         self.embeddings: dict[int, tuple[float, ...]] = {}
+        self.seconds = 0.0
         self._rows = rows
         self._inputs = inputs
+        self._cost = cost
         self._output: BatchOutput | None = None
 
     @torch.inference_mode()
     def sample(self, masks: Mapping[int, bytes] = EMPTY) -> None:
         """Sample under the masks, verify drafts, and keep what was sampled."""
         assert self._output is None, "sample() was called twice"
+        start = time.perf_counter()
         token_ids: dict[int, tuple[int, ...]] = {}
         logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         if self.logits is not None:
@@ -133,12 +168,14 @@ class Step:
             sampled = sample(self.logits, targets, self._rows.tokens, masks)
             self._accept(sampled, token_ids, logprobs)
         failed = self._inputs.failed
+        self.seconds += time.perf_counter() - start
         self._output = BatchOutput(
             token_ids,
             logprobs,
             {i: entry for i, entry in self.prompt_logprobs.items() if i not in failed},
             self.embeddings,
             failed,
+            None if self._cost is None else self._cost.of(self._inputs, self.seconds),
         )
 
     def _accept(

@@ -50,6 +50,7 @@ def _load(settings: Settings, workload: Workload) -> LoadedModel:
         progress(news)
 
     model = load_model(settings, on_progress)
+    model.findings.log()
     room = max(workload.num_prompts, model.scheduler.max_waiting)
     return replace(model, scheduler=replace(model.scheduler, max_waiting=room))
 

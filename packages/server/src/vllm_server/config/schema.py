@@ -146,6 +146,9 @@ class EngineSettings:
             "auto", "bf16", "f16", "f32", "bfloat16", "float16", "half", "float32", "float",
         ),
     )  # fmt: skip
+    enforce_eager: bool = setting(
+        False, "Walk through the model's layers in every step; no decode step is recorded."
+    )
     isq: str | None = setting(
         None,
         "Quantize plain weights while loading: q2k, q3k, q4k, q5k, q6k, q8_0, q4_0, q4_1, q5_0 or "
@@ -213,6 +216,16 @@ class EngineSettings:
     overlap: bool = setting(True, "Plan the next step while the device works on this one.")
     num_threads: int | None = setting(
         None, "Threads of the CPU backend; one for a small model, else all cores.", low=1
+    )
+    deterministic: bool = setting(
+        False,
+        "Refuse to start where results may depend on the batch; on a CPU with its kernels they "
+        "never do.",
+    )
+    self_check: bool = setting(
+        False,
+        "Before serving, run a request in several ways and compare every bit, and measure the "
+        "kernels.",
     )
     chat_template: str | None = setting(None, "Jinja file that replaces the model's template.")
 

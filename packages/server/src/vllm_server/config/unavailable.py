@@ -92,13 +92,6 @@ UNAVAILABLE = (
         neutral=("1",),
     ),
     Unavailable(
-        "Capturing graphs, and so switching them off,",
-        ("--enforce-eager",),
-        ("engine.enforce_eager",),
-        neutral=_OFF,
-        switch=True,
-    ),
-    Unavailable(
         "The prefill server of a prefill/decode pair",
         ("--pd-server",),
         ("pd.server",),

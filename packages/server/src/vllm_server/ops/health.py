@@ -35,10 +35,16 @@ def phase_of(state: ServerState) -> Phase:
 
 
 async def health(call: Call) -> Reply:
-    """200 while work is accepted and makes progress, else 503 with the reason."""
+    """200 while work is accepted and makes progress, else 503 with the reason.
+
+    With 200 comes what is known about the model's results.
+    """
     phase = phase_of(call.state)
     if phase == "ready":
-        return Reply(b'{"status":"ok"}')
+        service = call.state.service
+        findings = service.findings if service else None
+        details = findings.details() if findings else {}
+        return Reply(msgspec.json.encode({"status": "ok", **details}))
     code, message = _REASONS[phase]
     body: dict[str, Any] = {"status": phase, **ApiError(503, code, message).body}
     if phase == "loading":

@@ -43,6 +43,8 @@ _COUNTERS = {
     "vllm_lite:swap_out_blocks": ("saved_blocks", "Blocks that stores kept."),
     "vllm_lite:swap_in_blocks": ("loaded_blocks", "Blocks that stores brought."),
     "vllm_lite:steps": ("steps", "Batches launched."),
+    "vllm_lite:bytes_moved": ("cost_bytes", "Weights, KV and logits that the device moved."),
+    "vllm_lite:flops": ("cost_flops", "Operations of products and attention."),
     "vllm_lite:device_seconds": ("device_seconds", "Time the device was busy."),
 }
 
@@ -110,6 +112,7 @@ def _engine_families(service: Service) -> Iterator[Metric]:
         {**labels, **service.card.cache_config},
         1,
     )
+    yield from _proven(service, labels)
     for attribute, histogram in stats.histograms():
         name = _HISTOGRAMS.get(attribute)
         if name is not None:
@@ -118,6 +121,32 @@ def _engine_families(service: Service) -> Iterator[Metric]:
             buckets = list(zip(bounds, map(float, histogram.cumulative()), strict=True))
             family.add_metric(list(labels.values()), buckets, histogram.sum)
             yield family
+
+
+def _proven(service: Service, labels: Mapping[str, str]) -> Iterator[Metric]:
+    """What is known about results, and the kernels' scores of the start."""
+    findings = service.findings
+    if findings is None:
+        return
+    text = "1 if no result depends on the batch, as far as is known."
+    yield _gauge("vllm_lite:deterministic", text, labels, findings.deterministic)
+    check = findings.self_check
+    if check is None or check.read_bandwidth is None:
+        return
+    yield _gauge(
+        "vllm_lite:read_bandwidth_bytes_per_second",
+        "Memory reads, measured at the start.",
+        labels,
+        check.read_bandwidth,
+    )
+    shares = GaugeMetricFamily(
+        "vllm_lite:kernel_bandwidth_share",
+        "Share of the read bandwidth that a kernel reached at the start, for one row.",
+        labels=[*labels, "kernel"],
+    )
+    for kernel, share in check.shares.items():
+        shares.add_metric([*labels.values(), kernel], share)
+    yield shares
 
 
 def _labelled(stats: EngineStats, labels: Mapping[str, str]) -> Iterator[Metric]:
