@@ -15,7 +15,7 @@ from benchmarks.cpu.engines import installed, plan_for, run
 from benchmarks.cpu.limits import Rates, work_of
 from benchmarks.cpu.runners.plan import Task, Times, measure, plan_from, prompts_of, rates
 from benchmarks.cpu.shapes import EXPERTS, SMALL, TINY, model_path, tensors_of
-from benchmarks.cpu.table import Cell, is_quiet, markdown, ratios
+from benchmarks.cpu.table import Cell, is_quiet, latest, markdown, ratios
 
 ABOUT = {"date": "2030-01-02", "machine": "a box", "threads": 2, "command": "compare"}
 
@@ -65,7 +65,7 @@ def test_a_goal_against_a_peer_that_did_not_run_is_not_judged() -> None:
 def test_the_table_has_medians_over_rounds_and_a_row_per_figure() -> None:
     rows = [row("vllm-lite", 40 + turn, turn) for turn in range(3)]
     rows += [row("llama.cpp", 20, turn, prefill_tokens_per_s=350.0) for turn in range(3)]
-    text = markdown(rows, ABOUT)
+    text = markdown(rows, [ABOUT])
     assert "# 2030-01-02, a box" in text
     ends = "2.05x llama.cpp | 1.1x llama.cpp: yes |"
     assert f"| bf16-1 | decode | 41 ±2% | 20 ±0% | 68% | {ends}" in text
@@ -76,7 +76,7 @@ def test_the_table_has_medians_over_rounds_and_a_row_per_figure() -> None:
 
 
 def test_a_case_without_decoding_has_one_row() -> None:
-    text = markdown([row("vllm-lite", None)], ABOUT)
+    text = markdown([row("vllm-lite", None)], [ABOUT])
     assert "| decode |" not in text
     assert "| prefill |" in text
 
@@ -89,8 +89,23 @@ def test_a_run_on_a_busy_machine_is_marked(tmp_path: Path) -> None:
     assert not is_quiet(62e9, [70e9], 0.1)
     assert is_quiet(62e9, [], 0.1)
     assert not is_quiet(70e9, [], 0.9)
-    text = markdown([row("vllm-lite", 40, quiet=False), row("vLLM", 40)], ABOUT)
+    text = markdown([row("vllm-lite", 40, quiet=False), row("vLLM", 40)], [ABOUT])
     assert "**Machine not quiet** in 1 of 2 figures" in text
+    assert "| bf16-1 (!) | decode |" in text
+
+
+def test_a_file_of_several_runs_gives_the_newest_of_each_case() -> None:
+    runs = [{**ABOUT, "run": f"{hour}:00", "command": f"at {hour}"} for hour in (10, 11, 12)]
+    lines: list[dict[str, object]] = [{"about": about} for about in runs]
+    lines += [row("vllm-lite", 1, run="10:00"), row("vllm-lite", 4, run="12:00")]
+    lines += [row("vllm-lite", 2, run="11:00"), row("vLLM", 3, case="bf16-8", run="11:00")]
+    rows, kept = latest(lines)
+    assert [(each["case"], each["decode_tokens_per_s"]) for each in rows] == [
+        ("bf16-1", 4),
+        ("bf16-8", 3),
+    ]
+    assert kept == runs[1:]
+    assert "    at 11\n    at 12\n" in markdown(rows, kept)
 
 
 def test_cases_are_chosen_by_pattern_and_share_a_process_by_model() -> None:

@@ -94,6 +94,7 @@ class TorchBackend:
         """
         if self._runner is None:
             raise BackendError("The backend is closed.")
+        torch.get_num_threads()  # tells a new thread how many were chosen, before kernels ask
         try:
             return self._runner.forward(batch)
         except (RuntimeError, IndexError) as error:

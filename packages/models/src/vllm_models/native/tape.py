@@ -141,6 +141,11 @@ class Tape:
 class _Operators(TorchDispatchMode):
     """Hears torch's operators."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; the default imports the compiler, which takes a second."""
+        return False
+
     def __init__(self, tape: Tape) -> None:
         super().__init__()
         self._tape = tape
