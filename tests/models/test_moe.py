@@ -78,3 +78,8 @@ def test_experts_of_the_best_groups_are_chosen_although_better_ones_are_outside(
     assert [expert.num_seen for expert in layer.experts] == [0, 0, 1, 1]
     weights = torch.tensor([1.0, 0.0]).sigmoid().sum() * 3  # without the correction
     torch.testing.assert_close(got, x * weights)
+
+
+def test_more_experts_than_any_model_has_are_refused_before_one_is_made() -> None:
+    with pytest.raises(ModelError, match="100000000 experts in a layer"):
+        Routing(10**8, 2, True)

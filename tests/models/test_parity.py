@@ -131,6 +131,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 16,
         "num_hidden_layers": 4,
         "decoder_sparse_step": 2,
+        "mlp_only_layers": [3],
         "norm_topk_prob": True,
     }
     | EXPERTS,

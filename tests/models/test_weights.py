@@ -45,9 +45,10 @@ def test_everything_that_does_not_fit_is_reported_at_once(folder: Path) -> None:
         load(folder)
     for part in (
         "missing: model.layers.0.self_attn.k_proj.weight, model.norm.weight.",
-        "unexpected: model.layers.9.mlp.up_proj.weight.",
-        "model.layers.1.mlp.gate_proj.weight is [80, 47], but must be [80, 48]",
+        "unexpected: model.layers.9.mlp.up_proj.weight in model.safetensors.",
+        "model.layers.1.mlp.gate_proj.weight is [80, 47], but must be [80, 48] (in model.safetens",
         "model.layers.1.mlp.up_proj.weight is saved as I8",
+        "Download the checkpoint again",
     ):
         assert part in str(refused.value)
 
@@ -185,4 +186,7 @@ def test_a_shape_that_the_weights_do_not_have_is_refused_before_anything_is_allo
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 2**45}))
     with pytest.raises(ModelError, match=r"embed_tokens.weight is \[128, 48\], but must be"):
+        load(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 2**60}))
+    with pytest.raises(ModelError, match=r"config\.json: no model has such sizes"):
         load(folder)

@@ -272,6 +272,11 @@ def test_an_unknown_variable_of_our_prefix_is_refused_and_foreign_ones_pass():
     assert load(environ={"VLLM_SOMETHING": "1", "PATH": "/bin"}).settings == Settings()
 
 
+@pytest.mark.parametrize("name", ["VLLM_LITE_NATIVE", "VLLM_LITE_CACHE"])
+def test_variables_of_the_kernels_are_left_to_them(name):
+    assert load(environ={name: "off"}).settings == Settings()
+
+
 def neutral_flag(entry, flag):
     if entry.switch:
         return [f"--no-{flag[2:]}"]

@@ -11,7 +11,7 @@ from vllm_traits import ModelError
 from vllm_models.json_fields import JsonFields
 
 _OLD_NAMES = {"su": "longrope"}
-_KINDS = ("default", "linear", "llama3", "yarn", "longrope", "dynamic", "proportional")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "dynamic", "proportional")
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def _rope(fields: JsonFields, max_model_len: int) -> RopeConfig:
     scaling = scaling or JsonFields({}, fields.source)
     kind = scaling.get("rope_type", str, "") or scaling.get("type", str, "default")
     kind = _OLD_NAMES.get(kind, kind)
-    if kind not in _KINDS:
+    if kind not in ROPE_TYPES:
         raise ModelError(
-            f"{scaling.source}: rope_type {kind!r} is not supported ({', '.join(_KINDS)} are)."
+            f"{scaling.source}: rope_type {kind!r} is not supported ({', '.join(ROPE_TYPES)} are)."
         )
     usual = {
         "kind": kind,

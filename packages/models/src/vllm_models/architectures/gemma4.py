@@ -18,7 +18,7 @@ from vllm_models.components.decoder import DecoderStack, MakeBlock
 from vllm_models.components.embedding import Embedding
 from vllm_models.components.linear import Linear
 from vllm_models.components.mlp import GatedMLP
-from vllm_models.components.moe import mix, unstack
+from vllm_models.components.moe import check_count, mix, unstack
 from vllm_models.components.norm import RMSNorm
 from vllm_models.components.rotary import RotaryEmbedding, Rotation
 from vllm_models.config import ModelConfig
@@ -45,6 +45,7 @@ class Gemma4Block(nn.Module):
         self.router = None
         if c.fields.get("enable_moe_block", bool, False):
             num_experts = c.fields.positive("num_experts")
+            check_count(num_experts)
             width = c.fields.positive("moe_intermediate_size")
             self.router = Gemma4Router(c, num_experts)
             self.experts = nn.ModuleList(GatedMLP(c, width) for _ in range(num_experts))

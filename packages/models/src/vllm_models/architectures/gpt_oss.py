@@ -13,7 +13,7 @@ from vllm_traits import ModelError
 from vllm_models.components.context import ForwardContext
 from vllm_models.components.decoder import CausalLM
 from vllm_models.components.linear import Linear
-from vllm_models.components.moe import mix
+from vllm_models.components.moe import check_count, mix
 from vllm_models.components.norm import RMSNorm
 from vllm_models.components.rotary import Rotation
 from vllm_models.config import ModelConfig
@@ -75,6 +75,7 @@ class GptOssMLP(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         num_experts = c.fields.positive("num_local_experts")
+        check_count(num_experts)
         self.num_chosen = c.fields.positive("num_experts_per_tok", 4)
         if self.num_chosen > num_experts:
             raise ModelError(

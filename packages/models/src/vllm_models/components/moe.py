@@ -12,6 +12,7 @@ from vllm_traits import ModelError
 from vllm_models.components.linear import Linear
 from vllm_models.weights.saved import SavedTensor
 
+_MAX_EXPERTS = 10_000
 _STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -30,7 +31,7 @@ class Routing:
         scale: Multiplies the weights in the end.
 
     Raises:
-        ModelError: More are to be chosen than there are.
+        ModelError: More are to be chosen than there are, or there are more than in any model.
     """
 
     num_experts: int
@@ -42,6 +43,7 @@ class Routing:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        check_count(self.num_experts)
         if self.num_experts % self.num_groups or self.num_chosen_groups > self.num_groups:
             raise ModelError(
                 f"{self.num_experts} experts cannot be in {self.num_groups} groups of which a "
@@ -53,6 +55,15 @@ class Routing:
                 f"A token cannot choose {self.num_chosen} of {available} experts; correct "
                 "num_experts_per_tok in config.json."
             )
+
+
+def check_count(num_experts: int) -> None:
+    """Raise a ModelError before more experts are made than any model has."""
+    if num_experts > _MAX_EXPERTS:
+        raise ModelError(
+            f"config.json says {num_experts} experts in a layer, but no model has more than "
+            f"{_MAX_EXPERTS}."
+        )
 
 
 class MixtureOfExperts(nn.Module):

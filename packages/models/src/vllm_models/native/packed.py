@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -83,6 +84,11 @@ def zeros(num_bytes: int) -> Tensor:
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)  # which keeps the memory
+
+
+def zeros_of(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros that are memory only once they are touched, and no more as soon as nobody has them."""
+    return zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
 
 
 def address(structure: ctypes.Structure | ctypes.Array[ctypes.Structure]) -> int:

@@ -16,6 +16,7 @@ from vllm_models.components.context import LayerKV
 from vllm_models.native.attention import block_shapes as native_shapes
 from vllm_models.native.attention import fits
 from vllm_models.native.library import library
+from vllm_models.native.packed import zeros_of
 
 
 class KVPool(NamedTuple):
@@ -111,19 +112,26 @@ def allocate_kv(
         for group in groups:
             shapes = block_shapes(group, block_size, dtype, is_native)
             count = (len(group.layers), num_blocks + 1)
-            keys = torch.zeros((*count, *shapes[0]), dtype=dtype, device=device)
+            keys = _zeros((*count, *shapes[0]), dtype, device)
             values = keys
             if group.value_dim:
-                values = torch.zeros((*count, *shapes[1]), dtype=dtype, device=device)
+                values = _zeros((*count, *shapes[1]), dtype, device)
             tensors.append((keys, values))
             own |= zip(group.layers, zip(keys, values, strict=True), strict=True)
-    except RuntimeError as error:
+    except (RuntimeError, OSError, OverflowError) as error:
         wanted = num_blocks * sum(group.bytes_per_block for group in groups)
         raise DeviceError(f"{wanted} bytes for {num_blocks} KV blocks do not fit.") from error
     sources = (index if x.shared_with is None else x.shared_with for index, x in enumerate(layers))
     windows = tuple(layer.window for layer in layers)
     views = tuple(own[source] for source in sources)
     return KVPool(tuple(tensors), views, windows, block_size, is_native)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU blocks take memory when they are first written: writing all takes a long start."""
+    if device.type == "cpu":
+        return zeros_of(shape, dtype)
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _is_native(

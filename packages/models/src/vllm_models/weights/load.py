@@ -20,11 +20,13 @@ from vllm_traits import DeviceError, ModelError
 from vllm_models.components.decoder import Decoder
 from vllm_models.components.linear import Linear, LinearMethod, Place
 from vllm_models.config import ModelConfig
+from vllm_models.native.packed import zeros_of
 from vllm_models.options import LoadProgress, OnProgress
 from vllm_models.weights.checkpoint import Checkpoint
 from vllm_models.weights.saved import PLAIN_KINDS, SavedTensor
 
 _MAX_LISTED = 20
+_ADVICE = "Download the checkpoint again, or save it again from its source."
 
 
 class Scheme(Protocol):
@@ -82,19 +84,25 @@ def load_model(
                 filling.take(part)
             whole.release()
             progress.add(whole)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         size = progress.total >> 20
         raise DeviceError(f"The weights ({size} MiB on disk) do not fit: {error}") from error
     return model.eval()
 
 
 def build_model(architecture: type[Decoder], config: ModelConfig, dtype: torch.dtype) -> Decoder:
-    """A model without memory, whose parameters will have the wanted type."""
+    """A model without memory, whose parameters will have the wanted type.
+
+    Raises:
+        ModelError: Its sizes are beyond all numbers.
+    """
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
             return architecture(config)
+    except RuntimeError as error:  # more bytes than can be counted
+        raise ModelError(f"{config.fields.source}: no model has such sizes: {error}.") from error
     finally:
         torch.set_default_dtype(usual)
 
@@ -155,7 +163,7 @@ class _Filling:
         for tensor in saved:
             name = self._spelled(tensor.name)
             if name not in self._places:
-                faults.note_unexpected(name)
+                faults.note_unexpected(name, tensor)
                 continue
             owner, place = self._places[name]
             faults.compare(name, tensor, place)
@@ -173,7 +181,7 @@ class _Filling:
         try:
             place.take(tensor.read())
         except ValueError as error:
-            raise ModelError(f"{tensor.source}: {tensor.name} {error}.") from error
+            raise ModelError(f"{tensor.source}: {tensor.name} {error}. {_ADVICE}") from error
         owner.left.discard(name)
         if not owner.left and isinstance(owner.module, Linear):
             owner.module.method.pack(owner.module)
@@ -196,7 +204,11 @@ def _places(path: str, module: nn.Module) -> Iterator[tuple[str, Place]]:
 def _materialise(module: nn.Module, device: torch.device) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
         if parameter.is_meta:
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            shape, dtype = parameter.shape, parameter.dtype
+            if device.type == "cpu":  # where what is freed would stay with the process
+                empty = zeros_of(shape, dtype)
+            else:
+                empty = torch.empty(shape, dtype=dtype, device=device)
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
 
 
@@ -208,21 +220,24 @@ class _Faults:
     unexpected: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
-    def note_unexpected(self, name: str) -> None:
+    def note_unexpected(self, name: str, saved: SavedTensor) -> None:
         """A tensor that goes nowhere, unless it is a known derived value or copy."""
         derived = name.endswith(("rotary_emb.inv_freq", "rotary_emb.cos_cached"))
         if not derived and name != "lm_head.weight":  # the second copy of a tied head
-            self.unexpected.append(name)
+            self.unexpected.append(f"{name} in {Path(saved.source).name}")
 
     def compare(self, name: str, saved: SavedTensor, place: Place) -> None:
         """Shape and type against what the place wants."""
+        wrong = ""
         if name in self.seen:
-            self.wrong.append(f"{name} is there twice")
+            wrong = f"{name} is there twice"
         elif saved.shape != place.shape:
-            self.wrong.append(f"{name} is {list(saved.shape)}, but must be {list(place.shape)}")
+            wrong = f"{name} is {list(saved.shape)}, but must be {list(place.shape)}"
         elif saved.kind not in place.kinds:
             wanted = ", ".join(sorted(place.kinds))
-            self.wrong.append(f"{name} is saved as {saved.kind}, but must be one of {wanted}")
+            wrong = f"{name} is saved as {saved.kind}, but must be one of {wanted}"
+        if wrong:
+            self.wrong.append(f"{wrong} (in {Path(saved.source).name})")
         self.seen.add(name)
 
     def report(self, path: Path, needed: set[str]) -> None:
@@ -231,7 +246,8 @@ class _Faults:
         lists = {"missing": missing, "unexpected": sorted(self.unexpected), "wrong": self.wrong}
         lines = [f"{title}: {_listed(names)}" for title, names in lists.items() if names]
         if lines:
-            raise ModelError(f"The weights in {path} do not fit the model. " + " ".join(lines))
+            faults = " ".join(lines)
+            raise ModelError(f"The weights in {path} do not fit the model. {faults} {_ADVICE}")
 
 
 def _listed(names: list[str]) -> str:

@@ -107,7 +107,9 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         return found
     if found:
         names = ", ".join(path.name for path in found)
-        raise ModelError(f"{folder} has several weight files ({names}) but no {INDEX_NAME}.")
+        raise ModelError(
+            f"{folder} has several weight files ({names}) but no {INDEX_NAME}. Download that too."
+        )
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
     if pickled:
         raise ModelError(
@@ -128,10 +130,16 @@ def _indexed(folder: Path) -> tuple[Path, ...]:
     for name in names:
         plain = isinstance(name, str) and Path(name).name == name and "\0" not in name
         if not plain or "\\" in name or not name.endswith(".safetensors"):
-            raise ModelError(f"{index.source}: {name!r} is not the name of a weight file here.")
+            raise ModelError(
+                f"{index.source}: {name!r} is not the name of a weight file here. Take the index "
+                "from where the model comes from, and look at what else is in this one."
+            )
     absent = sorted(name for name in names if not (folder / name).is_file())
     if absent:
-        raise ModelError(f"{folder} lacks weight files that its index names: {', '.join(absent)}.")
+        raise ModelError(
+            f"{folder} lacks weight files that its index names: {', '.join(absent)}. Download them "
+            "into the folder."
+        )
     if not names:
         raise ModelError(f"{index.source} names no weight file.")
     return tuple(folder / name for name in sorted(names))
@@ -157,7 +165,9 @@ def _checked_header(path: Path) -> dict[str, dict[str, list[int]]]:
         with safe_open(path, framework="pt"), path.open("rb") as file:
             return json.loads(file.read(int.from_bytes(file.read(8), "little")))
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path} is damaged or not a safetensors file: {error}.") from error
+        raise ModelError(
+            f"{path} is damaged or not a safetensors file: {error}. Download it again."
+        ) from error
 
 
 def _read(file: MappedFile, place: tuple[int, int], kind: str, shape: tuple[int, ...]) -> Tensor:

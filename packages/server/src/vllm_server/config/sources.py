@@ -16,6 +16,8 @@ from vllm_server.config.names import nearest
 from vllm_server.config.unavailable import UNAVAILABLE, Unavailable
 
 PREFIX = "VLLM_LITE_"
+# What the kernels of a CPU read for themselves, because it is of the machine, not of a server.
+_OF_KERNELS = frozenset({"VLLM_LITE_CACHE", "VLLM_LITE_NATIVE"})
 
 
 class Given(NamedTuple):
@@ -36,8 +38,9 @@ def from_own_environment(environ: Mapping[str, str]) -> list[Given]:
     """Values of `VLLM_LITE_<SECTION>_<KEY>`; an empty variable is an absent one."""
     known = {variable: f for f in all_fields() for variable in f.variables}
     refused = {variable for u in UNAVAILABLE for variable in u.variables}
+    others = {*known, *refused, *_OF_KERNELS}
     for name in environ:
-        if name.startswith(PREFIX) and name not in known and name not in refused:
+        if name.startswith(PREFIX) and name not in others:
             raise ConfigError(f"Unknown environment variable {name}{nearest(name, known)}.")
     return [
         Given(field, environ[name], f"environment {name}")

@@ -101,10 +101,12 @@ def vocabulary_of(header: GgufHeader) -> Vocabulary:
     """
     metadata = Metadata(header)
     model = metadata.need(f"{_KEY}model", str)
-    if model not in _STYLES:
-        raise metadata.error(f"{_KEY}model", f"is {model!r}, but must be one of {list(_STYLES)}")
+    if model not in TOKENIZER_MODELS:
+        raise metadata.error(
+            f"{_KEY}model", f"is {model!r}, but must be one of {list(TOKENIZER_MODELS)}"
+        )
     tokens = _read_tokens(metadata)
-    style = _STYLES[model](tokens)
+    style = TOKENIZER_MODELS[model](tokens)
     # The library declares lists of nothing.
     style.source.add_special_tokens(_special_tokens(tokens))  # pyright: ignore[reportUnknownMemberType]
     style.source.add_tokens(_user_tokens(tokens))  # pyright: ignore[reportUnknownMemberType]
@@ -203,7 +205,7 @@ def _listed(tokens: _Tokens) -> _Style:
     return _Style(source, None, None, True, may_say=False)
 
 
-_STYLES: Mapping[str, Callable[[_Tokens], _Style]] = {
+TOKENIZER_MODELS: Mapping[str, Callable[[_Tokens], _Style]] = {
     "gpt2": _byte_level,
     "llama": _scored,
     "gemma4": _listed,
