@@ -78,6 +78,7 @@ def test_end_of_sequence_ids_of_both_files_count(tmp_path: Path) -> None:
 
 
 BAD = {
+    "max_position_embeddings": [2**40],
     "hidden_size": [None, "64", 64.0, 0, -1, True, [64]],
     "num_hidden_layers": ["absent", {}, 10**9],
     "architectures": [None, [], "Llama", [3]],

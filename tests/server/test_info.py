@@ -75,3 +75,17 @@ def test_an_architecture_that_is_not_there_is_refused(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(source | {"architectures": ["ChatGLMModel"]}))
     assert run_command("info", [str(tmp_path)]) == 3
     assert "Supported: " in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_not_described(capsys, tmp_path):
+    weights = load_file(resolve_model("builtin") / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    config = (resolve_model("builtin") / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config)
+    assert run_command("info", [str(tmp_path)]) == 3
+    assert "missing: model.norm.weight" in capsys.readouterr().err
+    quantized = json.loads(config) | {"quantization_config": {"quant_method": "abacus"}}
+    (tmp_path / "config.json").write_text(json.dumps(quantized))
+    assert run_command("info", [str(tmp_path)]) == 3
+    assert "'abacus' is not supported" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from vllm_models.json_fields import JsonFields
 from vllm_models.rope_config import RopeConfig, read_ropes
 
 _MAX_LAYERS = 1000
+_MAX_POSITIONS = 1 << 30
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
@@ -114,6 +115,11 @@ class ModelConfig:
         return config
 
     def _check(self) -> None:
+        if self.max_position > _MAX_POSITIONS:
+            raise ModelError(
+                f"{self.fields.source}: max_position_embeddings is {self.max_position}, but no "
+                f"context is longer than {_MAX_POSITIONS}."
+            )
         if self.num_layers > _MAX_LAYERS:
             raise ModelError(
                 f"{self.fields.source}: num_hidden_layers is {self.num_layers}, but no model has "

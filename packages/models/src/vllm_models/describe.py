@@ -10,10 +10,11 @@ from vllm_models.components.decoder import Decoder
 from vllm_models.components.linear import Linear
 from vllm_models.config import ModelConfig
 from vllm_models.device import free_memory, pick_device, pick_dtype
+from vllm_models.quantization.scheme import scheme_for
 from vllm_models.registry import find_architecture
 from vllm_models.runner.kv import bytes_per_token
 from vllm_models.weights.checkpoint import open_checkpoint
-from vllm_models.weights.load import build_model
+from vllm_models.weights.load import plan_model
 from vllm_models.weights.saved import SavedTensor
 
 GROUPS = ("embedding", "attention", "experts", "feed-forward", "norms", "output head", "other")
@@ -79,7 +80,7 @@ def describe(path: Path, dtype: str = "auto", device: str = "auto") -> Descripti
         device: As in `BackendOptions`.
 
     Raises:
-        ModelError: It is damaged, or of an architecture that is not supported.
+        ModelError: It cannot be loaded, as far as headers tell.
         DeviceError: The device is not there.
     """
     checkpoint = open_checkpoint(path)
@@ -87,12 +88,14 @@ def describe(path: Path, dtype: str = "auto", device: str = "auto") -> Descripti
     architecture = find_architecture(config.architecture)
     place = pick_device(device)
     element = pick_dtype(dtype, config, place)
-    saved = list(checkpoint.tensors())
+    scheme = scheme_for(checkpoint.fields)
+    plan = plan_model(architecture, config, checkpoint, scheme, element)
+    saved = [whole for whole, _ in plan.tensors]
     return Description(
         path=path,
         format=_format(path, config),
         config=config,
-        num_parameters=_num_parameters(build_model(architecture, config, element)),
+        num_parameters=_num_parameters(plan.model),
         weight_bytes=sum(tensor.num_bytes for tensor in saved),
         groups=tuple(_groups(saved)),
         dtype=str(element).removeprefix("torch."),

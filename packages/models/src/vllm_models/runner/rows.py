@@ -72,13 +72,10 @@ class Rows:
         self.sentinel = kv.num_blocks
         self.capacity = max_model_len + LATE_POSITIONS
         self.vocab_size = vocab_size
+        # Zeros are memory only once they are written: few sequences are as long as all may be.
         self.tokens = torch.zeros(max_sequences, self.capacity, dtype=torch.int64, device=kv.device)
-        self.tables = torch.full(
-            (max_sequences, -(-self.capacity // self.block_size)),
-            self.sentinel,
-            dtype=torch.int64,
-            device=kv.device,
-        )
+        num_entries = -(-self.capacity // self.block_size)
+        self.tables = torch.zeros(max_sequences, num_entries, dtype=torch.int64, device=kv.device)
         self._kv = kv
         self._eos = eos_token_ids
         self._rows: dict[int, Row] = {}

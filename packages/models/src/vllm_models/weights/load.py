@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -69,25 +69,55 @@ def load_model(
         DeviceError: The weights do not fit.
     """
     dtype, device = target
-    model = build_model(architecture, config, dtype)
-    wholes = list(checkpoint.tensors())
-    parts = [list(model.split(whole, config)) for whole in wholes]
-    saved = {part.name: part for split in parts for part in split}
-    if scheme is not None:
-        _choose_methods(model, scheme, saved)
-    filling = _Filling(model, device)
-    filling.check([part for split in parts for part in split], checkpoint.path)
-    progress = _Progress(on_progress, sum(whole.num_bytes for whole in wholes))
+    plan = plan_model(architecture, config, checkpoint, scheme, dtype)
+    plan.filling.place_buffers(device)
+    progress = _Progress(on_progress, sum(whole.num_bytes for whole, _ in plan.tensors))
     try:
-        for whole, split in zip(wholes, parts, strict=True):
-            for part in split:
-                filling.take(part)
+        for whole, parts in plan.tensors:
+            for part in parts:
+                plan.filling.take(part, device)
             whole.release()
             progress.add(whole)
     except (RuntimeError, MemoryError, OSError) as error:
         size = progress.total >> 20
         raise DeviceError(f"The weights ({size} MiB on disk) do not fit: {error}") from error
-    return model.eval()
+    return plan.model.eval()
+
+
+class PlannedModel(NamedTuple):
+    """A model without memory whose checkpoint was found to fit it.
+
+    Attributes:
+        model: With the methods of its layers.
+        tensors: Of the checkpoint, each with the parts that the model takes of it.
+        filling: Where these go.
+    """
+
+    model: Decoder
+    tensors: list[tuple[SavedTensor, list[SavedTensor]]]
+    filling: _Filling
+
+
+def plan_model(
+    architecture: type[Decoder],
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    scheme: Scheme | None,
+    dtype: torch.dtype,
+) -> PlannedModel:
+    """Compare a checkpoint's headers with the model; reads no weight.
+
+    Raises:
+        ModelError: As `load_model`, but for wrong values.
+    """
+    model = build_model(architecture, config, dtype)
+    tensors = [(whole, list(model.split(whole, config))) for whole in checkpoint.tensors()]
+    parts = [part for _, split in tensors for part in split]
+    if scheme is not None:
+        _choose_methods(model, scheme, {part.name: part for part in parts})
+    filling = _Filling(model)
+    filling.check(parts, checkpoint.path)
+    return PlannedModel(model, tensors, filling)
 
 
 def build_model(architecture: type[Decoder], config: ModelConfig, dtype: torch.dtype) -> Decoder:
@@ -147,13 +177,17 @@ class _Owner:
 class _Filling:
     """Where every tensor goes, and what is still to come."""
 
-    def __init__(self, model: Decoder, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, model: Decoder) -> None:
+        self._model = model
         self._places: dict[str, tuple[_Owner, Place]] = {}
         for path, module in model.named_modules():
             owner = _Owner(module)
             for name, place in _places(path, module):
                 self._places[name] = (owner, place)
+
+    def place_buffers(self, device: torch.device) -> None:
+        """Move what was computed and not saved."""
+        for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
 
@@ -171,13 +205,13 @@ class _Filling:
         needed = {name for name, (_, place) in self._places.items() if not place.optional}
         faults.report(path, needed)
 
-    def take(self, tensor: SavedTensor) -> None:
+    def take(self, tensor: SavedTensor, device: torch.device) -> None:
         """Keep one tensor, and pack its module if it was the last."""
         name = self._spelled(tensor.name)
         if name not in self._places:
             return
         owner, place = self._places[name]
-        _materialise(owner.module, self._device)
+        _materialise(owner.module, device)
         try:
             place.take(tensor.read())
         except ValueError as error:
