@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+from vllm_models.threads import wait_briefly
+
 if {"profile", "determinism"} & set(sys.argv):  # as the server does before torch is imported
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()
 
 import torch
 from vllm_models.native.library import Library, library

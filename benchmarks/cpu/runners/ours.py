@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-# As the server does before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from vllm_models.threads import wait_briefly
+
+wait_briefly()  # as the server does before torch is imported
 
 from vllm_core import Engine
 from vllm_models import load_backend

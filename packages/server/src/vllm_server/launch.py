@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from vllm_models import BackendOptions
 from vllm_models.gguf.header import read_header
 from vllm_models.gguf_files import is_gguf, model_name
 from vllm_models.options import OnProgress
+from vllm_models.threads import wait_briefly
 from vllm_traits import ModelError
 
 from vllm_server.background import in_background
@@ -92,9 +92,7 @@ def load_model(settings: Settings, on_progress: OnProgress) -> LoadedModel:
         DeviceError: The device is missing or too small, or fails the self-check.
         ConfigError: A setting does not fit the model.
     """
-    # Idle workers that spin starve the HTTP thread, and each other on a busy machine, many times
-    # over. Read when torch is first imported; the operator's own choice stands.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()
     from vllm_models import load_backend
 
     engine = settings.engine
