@@ -1,4 +1,5 @@
 """vllm-lite with the defaults of its server, without HTTP."""
+# ruff: noqa: E402 - how threads wait is settled before torch is imported
 
 from __future__ import annotations
 
