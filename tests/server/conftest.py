@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from vllm_core import AsyncEngine, EngineStats, SchedulerConfig
 from vllm_core.testing import FakeBackend
 from vllm_core.testing.fake import INFO
+from vllm_server import logs
 from vllm_server.app import create_app
 from vllm_server.config.schema import SamplingSettings, Settings
 from vllm_server.service import ModelCard, ServerState, Service
@@ -27,6 +30,20 @@ hypothesis.settings.register_profile(
     "server", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("server")
+
+
+@pytest.fixture
+def restored_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands configure the process; a test gives everything back."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    root = logging.getLogger()
+    before = root.level, list(root.handlers)
+    yield
+    root.setLevel(before[0])
+    root.handlers[:] = before[1]
+    for name in logs._OURS:
+        logging.getLogger(name).setLevel(logging.NOTSET)
+
 
 SPECIALS = ["<|end|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (

@@ -4,7 +4,6 @@ import asyncio
 import builtins
 import io
 import json
-import logging
 import re
 import sys
 import threading
@@ -14,7 +13,7 @@ import httpx
 import pytest
 import uvicorn
 from vllm_models.options import ignore_progress
-from vllm_server import launch, logs
+from vllm_server import launch
 from vllm_server.app import create_app
 from vllm_server.cli import chat, run_command
 from vllm_server.cli.remote import RemoteTalker
@@ -26,22 +25,11 @@ from vllm_server.service import ServerState
 from vllm_server.summary import summary
 from vllm_traits import InvalidRequestError
 
+pytestmark = pytest.mark.usefixtures("restored_process")
+
 ENGINE = EngineSettings(max_model_len=256, num_kv_blocks=256, num_threads=1, dtype="f32")
 SETTINGS = Settings(engine=replace(ENGINE, context_cache=True))
 FLAGS = ("--max-model-len=256", "--num-kv-blocks=256", "--num-threads=1", "--dtype=f32")
-
-
-@pytest.fixture(autouse=True)
-def restored(monkeypatch):
-    """Commands configure the process; a test gives everything back."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    root = logging.getLogger()
-    before = root.level, list(root.handlers)
-    yield
-    root.setLevel(before[0])
-    root.handlers[:] = before[1]
-    for name in logs._OURS:
-        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

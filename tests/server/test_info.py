@@ -1,29 +1,15 @@
 """`vllm-lite info`: headers only, the right figures, and what fits."""
 
 import json
-import logging
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vllm_models.hub import resolve_model
 from vllm_models.weights.saved import SavedTensor
-from vllm_server import logs
 from vllm_server.cli import run_command
 
-
-@pytest.fixture(autouse=True)
-def restored(monkeypatch):
-    """Commands configure the process; a test gives everything back."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    root = logging.getLogger()
-    before = root.level, list(root.handlers)
-    yield
-    root.setLevel(before[0])
-    root.handlers[:] = before[1]
-    for name in logs._OURS:
-        logging.getLogger(name).setLevel(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("restored_process")
 
 
 def info(capsys, *words):

@@ -1,30 +1,17 @@
 """`vllm-lite quantize`: complete files, and what is refused before anything is written."""
 
-import logging
-import sys
 from pathlib import Path
 
 import gguf
 import pytest
 from vllm_models.hub import resolve_model
-from vllm_server import launch, logs
+from vllm_server import launch
 from vllm_server.cli import main
 from vllm_server.config import load
 from vllm_server.config.flags import FlagParser
 from vllm_server.text.tokenizer import Tokenizer
 
-
-@pytest.fixture(autouse=True)
-def restored(monkeypatch):
-    """Commands configure the process; a test gives everything back."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    root = logging.getLogger()
-    before = root.level, list(root.handlers)
-    yield
-    root.setLevel(before[0])
-    root.handlers[:] = before[1]
-    for name in logs._OURS:
-        logging.getLogger(name).setLevel(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("restored_process")
 
 
 def quantize(*words):

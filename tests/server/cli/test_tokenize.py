@@ -2,30 +2,17 @@
 
 import io
 import json
-import logging
 import subprocess
 import sys
 
 import pytest
 from vllm_models.gguf.write import write_gguf
 from vllm_models.hub import resolve_model
-from vllm_server import logs
 from vllm_server.cli import main
 from vllm_server.text.tokenizer import Tokenizer
 from vllm_server.text.tokenizer_metadata import tokenizer_metadata
 
-
-@pytest.fixture(autouse=True)
-def restored(monkeypatch):
-    """Commands configure the process; a test gives everything back."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    root = logging.getLogger()
-    before = root.level, list(root.handlers)
-    yield
-    root.setLevel(before[0])
-    root.handlers[:] = before[1]
-    for name in logs._OURS:
-        logging.getLogger(name).setLevel(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("restored_process")
 
 
 @pytest.fixture
