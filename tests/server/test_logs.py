@@ -6,17 +6,7 @@ import pytest
 from vllm_server import logs
 
 log = logging.getLogger("vllm_server.test")
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    root = logging.getLogger()
-    before = root.level, list(root.handlers)
-    yield
-    root.setLevel(before[0])
-    root.handlers[:] = before[1]
-    for name in logs._OURS:
-        logging.getLogger(name).setLevel(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("restored_process")
 
 
 class Terminal(io.StringIO):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vllm_models.native.library import Library
-from vllm_models.native.packed import address, multiply, zeros
+from vllm_models.native.packed import PackedWeight, address, zeros
 
 # By the names that GGUF uses, with its numbers.
 BLOCK_TYPES = {
@@ -40,7 +40,7 @@ class _Weight(ctypes.Structure):
     )
 
 
-class PackedBlocks:
+class PackedBlocks(PackedWeight):
     """One or more quantized weights with the same columns, which one call multiplies.
 
     Their results stand side by side, in the order of the weights.
@@ -48,6 +48,7 @@ class PackedBlocks:
 
     def __init__(self, library: Library, parts: Sequence[tuple[_Weight, Tensor]]) -> None:
         self.library = library
+        self._linear = library.blocks_linear
         self._parts = tuple(parts)
         self.columns: int = parts[0][0].columns
         self.outputs = sum(weight.outputs for weight, _ in parts)
@@ -74,24 +75,6 @@ class PackedBlocks:
     def nbytes(self) -> int:
         """Bytes of the packed weights."""
         return sum(data.numel() for _, data in self._parts)
-
-    def matmul(
-        self,
-        x: Tensor,
-        bias: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """x [M, columns] by the transposed weights: [M, outputs].
-
-        Args:
-            x: float32 or bfloat16.
-            bias: [outputs] float32, added last.
-            dtype: Of the result, float32 or bfloat16; x's unless given.
-            out: Where the result goes, [M, outputs]; its rows may be apart.
-        """
-        shape = (self.outputs, self.columns)
-        return multiply(self.library.blocks_linear, self._arguments, shape, x, bias, dtype, out)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Some rows of the weight as numbers: [T] int64 -> [T, columns] float32."""

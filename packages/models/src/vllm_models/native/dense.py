@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_models.native.library import Library
-from vllm_models.native.packed import TYPES, address, multiply, zeros
+from vllm_models.native.packed import TYPES, PackedWeight, address, zeros
 
 PANEL = 64  # outputs
 
@@ -25,7 +25,7 @@ class _Weight(ctypes.Structure):
     )
 
 
-class PackedDense:
+class PackedDense(PackedWeight):
     """A weight [outputs, columns] for `matmul`.
 
     Args:
@@ -35,6 +35,7 @@ class PackedDense:
 
     def __init__(self, library: Library, weight: Tensor) -> None:
         self.library = library
+        self._linear = library.dense_linear
         self.dtype = weight.dtype
         self.outputs, self.columns = weight.shape
         steps = self.columns if weight.dtype == torch.float32 else -(-self.columns // 2)
@@ -54,24 +55,6 @@ class PackedDense:
     def nbytes(self) -> int:
         """Bytes of the packed weight."""
         return self.data.numel()
-
-    def matmul(
-        self,
-        x: Tensor,
-        bias: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """x [M, columns] rounded to the weight's dtype, by the transposed weight: [M, outputs].
-
-        Args:
-            x: float32 or bfloat16.
-            bias: [outputs] float32, added last.
-            dtype: Of the result, float32 or bfloat16; x's unless given.
-            out: Where the result goes, [M, outputs]; its rows may be apart.
-        """
-        shape = (self.outputs, self.columns)
-        return multiply(self.library.dense_linear, self._arguments, shape, x, bias, dtype, out)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Some rows of the weight: [T] int64 -> [T, columns] of the weight's dtype."""

@@ -14,6 +14,38 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _HUGE = 2 << 20  # bytes
 
 
+class PackedWeight:
+    """A weight, or several with the same columns, in the order of a kernel.
+
+    Attributes:
+        outputs: Rows of the weight.
+        columns: Width of x.
+    """
+
+    outputs: int
+    columns: int
+    _linear: Callable[..., int]
+    _arguments: tuple[int, ...]
+
+    def matmul(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """x [M, columns] by the transposed weight: [M, outputs].
+
+        Args:
+            x: float32 or bfloat16, rounded to what the kernel multiplies.
+            bias: [outputs], added last in float32.
+            dtype: Of the result, float32 or bfloat16; x's unless given.
+            out: Where the result goes, [M, outputs]; its rows may be apart.
+        """
+        shape = (self.outputs, self.columns)
+        return multiply(self._linear, self._arguments, shape, x, bias, dtype, out)
+
+
 def multiply(
     function: Callable[..., int],
     weights: tuple[int, ...],
