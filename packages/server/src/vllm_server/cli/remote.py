@@ -101,7 +101,6 @@ class _Request:
         except (OSError, InvalidRequestError, asyncio.CancelledError) as error:
             self._events.put(error)
         finally:
-            self._loop.close()
             self._events.put(None)
 
     async def _fetch(self, target: Target, key: str | None, body: bytes) -> None:
@@ -123,10 +122,10 @@ class _Request:
             yield event
 
     def stop(self) -> None:
-        """Give up the rest of the answer."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._task.cancel)
-            self._thread.join()
+        """Give up the rest of the answer, if any; closing the loop here leaves no race with it."""
+        self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join()
+        self._loop.close()
 
 
 def _reason(status: int, body: bytes) -> str:
