@@ -1,0 +1,1 @@
+"""Every launcher under one name, for `launch.kernels_for`."""
