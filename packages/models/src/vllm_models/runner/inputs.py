@@ -77,8 +77,7 @@ def place_chunks(chunks: Sequence[Chunk], rows: Rows) -> Inputs:
         inputs.works.append(work)
         first += chunk.num_tokens
         if chunk.draft_ids:
-            places = slice(work.end - chunk.num_drafts, work.end)
-            rows.tokens[row.index, places] = torch.tensor(chunk.draft_ids)
+            rows.write_tokens(row, work.end - chunk.num_drafts, chunk.draft_ids)
         if chunk.sample and not isinstance(row.params, PoolingParams):
             for place in range(first - chunk.num_drafts - 1, first):
                 inputs.targets.append(Target(chunk.seq_id, row, start + place - work.first + 1))

@@ -21,16 +21,22 @@ def describe(
     chosen = logprobs.gather(1, logprobs.new_tensor(token_ids).long()[:, None])
     ranks = (logprobs > chosen).sum(-1) + 1
     values, ids = logprobs.topk(min(max(num_top), logprobs.shape[1]))
-    rows = zip(
-        token_ids,
-        chosen[:, 0].tolist(),
-        ranks.tolist(),
-        num_top,
-        ids.tolist(),
-        values.tolist(),
-        strict=True,
-    )
+    return entries(token_ids, num_top, (chosen[:, 0], ranks, ids, values))
+
+
+def entries(
+    token_ids: Sequence[int], num_top: Sequence[int], scores: Sequence[Tensor]
+) -> list[TokenLogprobs]:
+    """The same from tensors.
+
+    Args:
+        token_ids: [n].
+        num_top: [n].
+        scores: Log-probabilities [n] and ranks [n] of the tokens, and ids [n, W] and
+            log-probabilities [n, W] of the most likely ones.
+    """
+    columns = (tensor.tolist() for tensor in scores)
     return [
         TokenLogprobs(token, value, rank, tuple(zip(top[:n], top_values[:n], strict=True)))
-        for token, value, rank, n, top, top_values in rows
+        for token, n, value, rank, top, top_values in zip(token_ids, num_top, *columns, strict=True)
     ]

@@ -61,6 +61,7 @@ def plan_memory(
     groups: Sequence[KVGroup],
     device: torch.device,
     weight_bytes: int,
+    step_bytes: int | None = None,
 ) -> MemoryReport:
     """Decide the number of blocks and the longest sequence, with the weights already loaded.
 
@@ -70,13 +71,16 @@ def plan_memory(
         groups: What its layers keep of a block.
         device: Where everything is.
         weight_bytes: What the weights take there.
+        step_bytes: What the largest step takes beside them, if it was measured.
 
     Raises:
         ConfigError: The longest sequence asked for is beyond the model or the blocks asked for.
         DeviceError: What was asked for does not fit; the message names what does.
     """
     bytes_per_block = sum(group.bytes_per_block for group in groups)
-    fitting = _fitting_bytes(options, config, groups, device, weight_bytes) // bytes_per_block
+    if step_bytes is None:
+        step_bytes = _step_bytes(options, config, groups)
+    fitting = _fitting_bytes(options, device, weight_bytes, step_bytes) // bytes_per_block
     wanted_len = _wanted_len(options, config)
     num_blocks = options.num_blocks
     if num_blocks is None:
@@ -97,21 +101,21 @@ def plan_memory(
 
 
 def _fitting_bytes(
-    options: BackendOptions,
-    config: ModelConfig,
-    groups: Sequence[KVGroup],
-    device: torch.device,
-    weight_bytes: int,
+    options: BackendOptions, device: torch.device, weight_bytes: int, step_bytes: int
 ) -> int:
     if options.kv_cache_memory is not None and options.num_blocks is None:
         return options.kv_cache_memory
+    budget = (free_memory(device) + weight_bytes) * options.memory_fraction - weight_bytes
+    return max(0, int(budget) - step_bytes)
+
+
+def _step_bytes(options: BackendOptions, config: ModelConfig, groups: Sequence[KVGroup]) -> int:
+    """An estimate of what the largest step takes: activations and logits."""
     heads = max((config.num_heads + 2 * group.num_kv_heads) * group.key_dim for group in groups)
     element = getattr(torch, groups[0].dtype).itemsize
     widest = max(heads, 2 * config.intermediate_size, config.hidden_size)
     activations = options.max_batch_tokens * widest * _ACTIVATION_WIDTHS * element
-    logits = 3 * options.max_sequences * config.vocab_size * 4
-    budget = (free_memory(device) + weight_bytes) * options.memory_fraction - weight_bytes
-    return max(0, int(budget) - activations - logits)
+    return activations + 3 * options.max_sequences * config.vocab_size * 4
 
 
 def _wanted_len(options: BackendOptions, config: ModelConfig) -> int:

@@ -5,7 +5,6 @@ A prompt may arrive in chunks, so what was seen so far is kept on the row.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from vllm_traits import PoolingParams
@@ -36,13 +35,16 @@ def take_in(row: Row, hidden: Tensor, start: int) -> None:
             row.pooled = hidden[0].float() if row.pooled is None else row.pooled
 
 
-def finish(row: Row) -> tuple[float, ...]:
-    """The vector, cut and scaled as asked; empty if it is not finite."""
+def finish(row: Row) -> Tensor:
+    """The vector, cut and scaled as asked: [dimensions]."""
     params = row.params
     assert isinstance(params, PoolingParams)
     assert row.pooled is not None
     vector = row.pooled / row.length if params.pooling == "mean" else row.pooled
     vector = vector[: params.dimensions]
-    if params.normalize:
-        vector = F.normalize(vector, dim=0)
-    return tuple(vector.tolist()) if bool(torch.isfinite(vector).all()) else ()
+    return F.normalize(vector, dim=0) if params.normalize else vector
+
+
+def read(vector: Tensor) -> tuple[float, ...]:
+    """Its numbers; none if they are not finite."""
+    return tuple(vector.tolist()) if bool(vector.isfinite().all()) else ()

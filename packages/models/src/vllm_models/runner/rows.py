@@ -77,7 +77,7 @@ class Rows:
         num_entries = -(-self.capacity // self.block_size)
         self.tables = torch.zeros(max_sequences, num_entries, dtype=torch.int64, device=kv.device)
         self._kv = kv
-        self._eos = eos_token_ids
+        self.eos_token_ids = eos_token_ids
         self._rows: dict[int, Row] = {}
         self._free = list(range(max_sequences))
         self._tainted: set[int] = set()
@@ -117,8 +117,7 @@ class Rows:
         self._rows[start.seq_id] = row
         row.failure = self._refuse(start, row)
         if row.failure is None:
-            self.tokens[row.index, :length] = torch.tensor(start.token_ids)
-            self.tables[row.index] = self.sentinel
+            self.enter(start, row)
 
     def _refuse(self, start: Start, row: Row) -> str | None:
         """An error code if this sequence alone can never run."""
@@ -131,8 +130,26 @@ class Rows:
         if isinstance(start.params, SamplingParams):
             if not self.known_ids(_ids_of(start.params)):
                 return "invalid_value"
-            row.edits = compile_edits(start.params, self._eos, self.vocab_size, self._kv.device)
+            self.keep_edits(row, start.params)
         return None
+
+    def enter(self, start: Start, row: Row) -> None:
+        """Write what a new sequence knows."""
+        self.write_tokens(row, 0, start.token_ids)
+        self.tables[row.index] = self.sentinel
+
+    def keep_edits(self, row: Row, params: SamplingParams) -> None:
+        """Prepare the changes to a sequence's logits."""
+        row.edits = compile_edits(params, self.eos_token_ids, self.vocab_size, self._kv.device)
+
+    def write_tokens(self, row: Row, position: int, token_ids: Sequence[int]) -> None:
+        """Set a sequence's tokens from a position on."""
+        self.tokens[row.index, position : position + len(token_ids)] = torch.tensor(token_ids)
+
+    def write_blocks(self, indices: list[int], columns: list[int], blocks: list[int]) -> None:
+        """Set entries of block tables: which row, which column, which block."""
+        places = torch.tensor((indices, columns, blocks), device=self.tables.device)
+        self.tables[places[0], places[1]] = places[2]
 
     def known_ids(self, token_ids: Sequence[int]) -> bool:
         """Whether all are ids of the vocabulary."""
@@ -157,8 +174,7 @@ class Rows:
             return
         if min(blocks) < 0 or max(blocks) >= self.sentinel or max(columns) >= len(self.tables[0]):
             raise BackendError("The batch names a block that does not exist.")
-        places = torch.tensor((indices, columns, blocks), device=self.tables.device)
-        self.tables[places[0], places[1]] = places[2]
+        self.write_blocks(indices, columns, blocks)
 
     def taint(self, row: Row) -> None:
         """Remember the blocks of a sequence whose numbers went wrong.

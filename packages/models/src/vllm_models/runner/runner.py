@@ -28,7 +28,7 @@ from vllm_models.runner.recorded import RecordedSteps
 from vllm_models.runner.rows import Row, Rows
 from vllm_models.runner.sample import NON_FINITE, Sampled, sample
 
-_MAX_SCORES = 1 << 24  # logits of prompt positions held at once
+MAX_SCORES = 1 << 24  # logits of prompt positions held at once
 
 
 class Runner:
@@ -103,7 +103,7 @@ class Runner:
     def _score(self, work: Work, hidden: Tensor, num_top: int) -> tuple[TokenLogprobs, ...]:
         end = min(work.end, work.row.num_prompt_tokens - 1)
         following = self._rows.tokens[work.row.index, work.start + 1 : end + 1].tolist()
-        size = max(1, _MAX_SCORES // self._rows.vocab_size)
+        size = max(1, MAX_SCORES // self._rows.vocab_size)
         scored: list[TokenLogprobs] = []
         for first in range(0, len(following), size):
             ids = following[first : first + size]
@@ -128,7 +128,7 @@ def _pool(inputs: Inputs, hidden: Tensor) -> dict[int, tuple[float, ...]]:
             continue
         pool.take_in(row, hidden[work.places], work.start)
         if chunk.sample and row.failure is None:
-            vectors[chunk.seq_id] = pool.finish(row)
+            vectors[chunk.seq_id] = pool.read(pool.finish(row))
             row.failure = None if vectors[chunk.seq_id] else NON_FINITE
         if row.failure is not None:
             vectors.pop(chunk.seq_id, None)

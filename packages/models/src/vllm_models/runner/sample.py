@@ -54,7 +54,7 @@ def sample(
     best, token_ids = _draw(logits, targets, params)
     ids, failures = token_ids.tolist(), {}
     if not bool(best.isfinite().all()):
-        failures = {i: _code(value) for i, value in enumerate(best.tolist()) if _code(value)}
+        failures = {i: code_of(value) for i, value in enumerate(best.tolist()) if code_of(value)}
     logprobs: dict[int, TokenLogprobs] = {}
     if reported is not None:
         num_top = [params[i].logprobs or 0 for i in asked]
@@ -68,7 +68,7 @@ def _sampling(target: Target) -> SamplingParams:
     return target.row.params
 
 
-def _code(best: float) -> str:
+def code_of(best: float) -> str:
     """What a winning score says about its row; empty if all is well."""
     if best == -float("inf"):
         return NOTHING_ALLOWED
