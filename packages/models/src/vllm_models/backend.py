@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import TYPE_CHECKING
 
 import torch
 from vllm_traits import (
@@ -21,8 +22,9 @@ from vllm_traits import (
 
 from vllm_models.components.decoder import Decoder
 from vllm_models.config import ModelConfig, architecture_name
-from vllm_models.determinism import batch_dependence
+from vllm_models.determinism import batch_dependence, fix_orders
 from vllm_models.device import pick_device, pick_dtype, set_threads
+from vllm_models.gpu.launch import serves
 from vllm_models.measure import KernelSpeed, measure_kernels
 from vllm_models.native.library import loaded as native
 from vllm_models.options import BackendOptions, LoadProgress, OnProgress, ignore_progress
@@ -31,13 +33,16 @@ from vllm_models.quantization.isq import IsqScheme
 from vllm_models.quantization.scheme import scheme_for
 from vllm_models.registry import find_architecture
 from vllm_models.runner.cost import CostModel
-from vllm_models.runner.kv import allocate_kv, kv_groups
+from vllm_models.runner.kv import KVPool, allocate_kv, kv_groups
 from vllm_models.runner.memory import MemoryReport, plan_memory
 from vllm_models.runner.recorded import RecordedSteps
 from vllm_models.runner.rows import Rows
 from vllm_models.runner.runner import Runner
 from vllm_models.weights.checkpoint import Checkpoint, open_checkpoint
 from vllm_models.weights.load import load_model, num_bytes
+
+if TYPE_CHECKING:
+    from vllm_models.runner.device.runner import DeviceRunner
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Loaded:
 
 
 class TorchBackend:
-    """Runs batches synchronously on one device; implements `vllm_traits.ModelBackend`.
+    """Runs batches on one device; implements `vllm_traits.ModelBackend`.
 
     Args:
         runner: Rows, pool and model.
@@ -66,8 +71,8 @@ class TorchBackend:
         loaded: What else is known about the checkpoint.
     """
 
-    def __init__(self, runner: Runner, info: BackendInfo, loaded: Loaded) -> None:
-        self._runner: Runner | None = runner
+    def __init__(self, runner: Runner | DeviceRunner, info: BackendInfo, loaded: Loaded) -> None:
+        self._runner: Runner | DeviceRunner | None = runner
         self._info = info
         self.loaded = loaded
 
@@ -87,7 +92,8 @@ class TorchBackend:
         return self.loaded.memory
 
     def forward(self, batch: Batch) -> InFlight:
-        """Compute a batch before returning, sampling included unless a chunk is masked.
+        """Compute a batch, sampling included unless a chunk is masked; where the device has kernels
+        of its own the batch is launched, and read later.
 
         Raises:
             BackendError: The device failed, or the batch breaks a rule of the protocol.
@@ -108,7 +114,8 @@ class TorchBackend:
         """
         if self._runner is None:
             raise BackendError("The backend is closed.")
-        return None if self.memory.device != "cpu" else measure_kernels(self._runner.model)
+        is_cpu = isinstance(self._runner, Runner) and self.memory.device == "cpu"
+        return measure_kernels(self._runner.model) if is_cpu else None
 
     def close(self) -> None:
         """Drop weights, rows and the KV pool."""
@@ -139,7 +146,15 @@ def load_backend(options: BackendOptions, on_progress: OnProgress | None = None)
     model = load_model(architecture, config, checkpoint, scheme, (dtype, device), report)
     set_threads(options.threads, device, num_bytes(model))
     groups = kv_groups(model.kv_layers(config), options.block_size, dtype)
-    memory = plan_memory(options, config, groups, device, num_bytes(model))
+    if options.deterministic:
+        fix_orders(model)
+    step_bytes = None
+    if device.type == "cuda" and serves(device):
+        from vllm_models.runner.device.assemble import measure_step_bytes
+
+        report(LoadProgress("warm-up", 0.0, "the largest steps"))
+        step_bytes = measure_step_bytes(model, config, options, dtype, device)
+    memory = plan_memory(options, config, groups, device, num_bytes(model), step_bytes)
     backend = _assemble(options, checkpoint, config, model, memory)
     _warm_up(backend, report)
     return backend
@@ -157,7 +172,6 @@ def _assemble(
     groups = kv_groups(layers, options.block_size, dtype)
     kv = allocate_kv(layers, memory.num_blocks, options.block_size, dtype, device)
     max_sequences = options.max_sequences
-    rows = Rows(max_sequences, memory.max_model_len, kv, config.vocab_size, config.eos_token_ids)
     ropes = (config.rope, config.local_rope)
     layout = f"{memory.dtype}:{options.block_size}:{groups}:{kv.is_native}:{ropes}"
     info = BackendInfo(
@@ -172,10 +186,23 @@ def _assemble(
         fingerprint=sha256(checkpoint.fingerprint() + layout.encode()).digest(),
     )
     loaded = Loaded(config, memory, default_pooling(options.model), batch_dependence(model, kv))
-    cost = CostModel(model, groups, options.block_size, config) if device.type == "cpu" else None
+    return TorchBackend(_make_runner(options, config, model, kv, memory), info, loaded)
+
+
+def _make_runner(
+    options: BackendOptions, config: ModelConfig, model: Decoder, kv: KVPool, memory: MemoryReport
+) -> Runner | DeviceRunner:
+    groups = kv_groups(model.kv_layers(config), kv.block_size, kv.dtype)
+    cost = CostModel(model, groups, kv.block_size, config)
+    if serves(kv.device):
+        from vllm_models.runner.device.assemble import make_runner
+
+        return make_runner(model, kv, config, options, cost, memory.max_model_len)
+    limits = (options.max_sequences, memory.max_model_len)
+    rows = Rows(*limits, kv, config.vocab_size, config.eos_token_ids)
     is_recorded = kv.is_native and not options.enforce_eager
     recorded = RecordedSteps(model, native()) if is_recorded else None
-    return TorchBackend(Runner(model, kv, rows, cost, recorded), info, loaded)
+    return Runner(model, kv, rows, cost if kv.device.type == "cpu" else None, recorded)
 
 
 def _warm_up(backend: TorchBackend, on_progress: OnProgress) -> None:

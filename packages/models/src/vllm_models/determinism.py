@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vllm_models.components.linear import Linear
+from vllm_models.gpu.launch import serves
 from vllm_models.native.attention import LANES
 from vllm_models.native.library import library
 from vllm_models.runner.kv import KVPool
@@ -22,11 +23,26 @@ def batch_dependence(model: nn.Module, kv: KVPool) -> tuple[str, ...]:
         model: With its weights.
         kv: Its pool.
     """
+    if serves(kv.device):
+        return _on_gpu(model)
     if kv.device.type != "cpu":
         return (f"torch computes on {kv.device.type}, in an order that follows from the shapes",)
     if library() is None:
         return ("torch computes, because there are no native kernels",)
     return (*_products(model), *_attention(kv))
+
+
+def fix_orders(model: nn.Module) -> None:
+    """Let products of the GPU sum in an order that nothing but the weight's shape decides."""
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.fixed_order = True
+
+
+def _on_gpu(model: nn.Module) -> tuple[str, ...]:
+    layers = [m for m in model.modules() if isinstance(m, Linear)]
+    free = sum(not layer.fixed_order for layer in layers)
+    return (f"{free} of {len(layers)} products sum in the fastest order",) if free else ()
 
 
 def _products(model: nn.Module) -> tuple[str, ...]:

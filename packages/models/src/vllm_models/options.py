@@ -48,6 +48,8 @@ class BackendOptions:
         isq: Type that plain weights are quantized to while loading, see `gguf.mixture`; None leaves
             them as they are.
         enforce_eager: Walk through the layers in every step, and record no decode step.
+        deterministic: Products sum in an order that does not depend on the batch, also where
+            another is faster.
 
     Raises:
         ConfigError: A value that can never work.
@@ -66,6 +68,7 @@ class BackendOptions:
     threads: int | None = None
     isq: str | None = None
     enforce_eager: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what can never work."""

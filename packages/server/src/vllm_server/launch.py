@@ -184,6 +184,7 @@ def backend_options(engine: EngineSettings, folder: Path) -> BackendOptions:
         threads=engine.num_threads,
         isq=engine.isq,
         enforce_eager=engine.enforce_eager,
+        deterministic=engine.deterministic,
     )
 
 

@@ -128,10 +128,14 @@ class Linear(nn.Module):
             by name: `{"q_proj": 64, "k_proj": 32, "v_proj": 32}` reads three neighbours of this
             layer as one.
         bias: Whether b is there.
+
+    Attributes:
+        fixed_order: Sums on a GPU follow from the shape of the weight alone.
     """
 
     weight: Tensor
     packed: Packed | None = None
+    fixed_order: bool = False
 
     def __init__(
         self, in_features: int, out_features: int | Mapping[str, int], bias: bool = False

@@ -219,8 +219,8 @@ class EngineSettings:
     )
     deterministic: bool = setting(
         False,
-        "Refuse to start where results may depend on the batch; on a CPU with its kernels they "
-        "never do.",
+        "Sum in an order that the batch does not change, also where another is faster (a GPU), and "
+        "refuse to start where that cannot be; on a CPU with its kernels it is always so.",
     )
     self_check: bool = setting(
         False,
