@@ -23,7 +23,7 @@ from vllm_traits import (
 from vllm_models.components.decoder import Decoder
 from vllm_models.config import ModelConfig, architecture_name
 from vllm_models.determinism import batch_dependence, fix_orders
-from vllm_models.device import pick_device, pick_dtype, set_threads
+from vllm_models.device import free_memory, pick_device, pick_dtype, set_threads
 from vllm_models.gpu.launch import serves
 from vllm_models.measure import KernelSpeed, measure_kernels
 from vllm_models.native.library import loaded as native
@@ -33,6 +33,7 @@ from vllm_models.quantization.isq import IsqScheme
 from vllm_models.quantization.scheme import scheme_for
 from vllm_models.registry import find_architecture
 from vllm_models.runner.cost import CostModel
+from vllm_models.runner.host_store import HostStore
 from vllm_models.runner.kv import KVPool, allocate_kv, kv_groups
 from vllm_models.runner.memory import MemoryReport, plan_memory
 from vllm_models.runner.recorded import RecordedSteps
@@ -54,12 +55,14 @@ class Loaded:
         memory: What was allocated.
         default_pooling: Of a sentence-transformers checkpoint; None for others.
         batch_dependence: Why results may depend on the batch; nothing if they never do.
+        stores: Where blocks are kept besides the pool.
     """
 
     config: ModelConfig
     memory: MemoryReport
     default_pooling: PoolingParams | None
     batch_dependence: tuple[str, ...]
+    stores: tuple[BlockStore, ...] = ()
 
 
 class TorchBackend:
@@ -83,8 +86,8 @@ class TorchBackend:
 
     @property
     def stores(self) -> Sequence[BlockStore]:
-        """No other place holds blocks."""
-        return ()
+        """Host memory, if the pool has some beside it."""
+        return self.loaded.stores
 
     @property
     def memory(self) -> MemoryReport:
@@ -185,8 +188,22 @@ def _assemble(
         kv_groups=groups,
         fingerprint=sha256(checkpoint.fingerprint() + layout.encode()).digest(),
     )
-    loaded = Loaded(config, memory, default_pooling(options.model), batch_dependence(model, kv))
+    loaded = Loaded(
+        config,
+        memory,
+        default_pooling(options.model),
+        batch_dependence(model, kv),
+        _stores(options, memory, kv),
+    )
     return TorchBackend(_make_runner(options, config, model, kv, memory), info, loaded)
+
+
+def _stores(options: BackendOptions, memory: MemoryReport, kv: KVPool) -> tuple[BlockStore, ...]:
+    if options.host_kv_share is None:
+        return ()
+    fitting = free_memory(torch.device("cpu")) // 2 // memory.bytes_per_block
+    num_blocks = min(int(options.host_kv_share * memory.num_blocks), fitting)
+    return (HostStore(kv, num_blocks),) if num_blocks else ()
 
 
 def _make_runner(

@@ -48,6 +48,8 @@ class BackendOptions:
         isq: Type that plain weights are quantized to while loading, see `gguf.mixture`; None leaves
             them as they are.
         enforce_eager: Walk through the layers in every step, and record no decode step.
+        host_kv_share: Host memory for KV blocks that the pool has no room for, as a multiple of the
+            pool; None keeps none.
         deterministic: Products sum in an order that does not depend on the batch, also where
             another is faster.
 
@@ -69,6 +71,7 @@ class BackendOptions:
     isq: str | None = None
     enforce_eager: bool = False
     deterministic: bool = False
+    host_kv_share: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what can never work."""
@@ -80,6 +83,8 @@ class BackendOptions:
             )
         if self.isq is not None:
             find_isq(self.isq)
+        if self.host_kv_share is not None and not 0 < self.host_kv_share < float("inf"):
+            raise ConfigError(f"host_kv_share is {self.host_kv_share}, but must be above 0.")
         if not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction is {self.memory_fraction}, but must be in (0, 1].")
         for name in (

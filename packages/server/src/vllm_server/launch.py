@@ -185,6 +185,7 @@ def backend_options(engine: EngineSettings, folder: Path) -> BackendOptions:
         isq=engine.isq,
         enforce_eager=engine.enforce_eager,
         deterministic=engine.deterministic,
+        host_kv_share=engine.cpu_mem_fold,
     )
 
 

@@ -53,6 +53,12 @@ class KVPool(NamedTuple):
         """Element type."""
         return self.groups[0][0].dtype
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything that is kept of blocks, [L, B + 1, ...] each."""
+        found = (side for group in self.groups for side in group)
+        return tuple({tensor.data_ptr(): tensor for tensor in found}.values())
+
     def wipe(self, blocks: list[int]) -> None:
         """Set blocks to zero in all layers."""
         for keys, values in self.groups:

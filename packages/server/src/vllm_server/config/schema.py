@@ -196,6 +196,13 @@ class EngineSettings:
     kv_cache_memory: int | None = setting(
         None, "Bytes for the KV cache, such as 2G; overrides the share of memory.", low=1
     )
+    cpu_mem_fold: float | None = setting(
+        None,
+        "Host memory for KV blocks that the cache has no room for, as a multiple of the cache; at "
+        "most half of the free memory.",
+        low=0.1,
+        high=10.0,
+    )
     prefix_cache: bool = setting(True, "Reuse KV blocks of equal prefixes.")
     context_cache: bool = setting(False, "Pin the blocks of a `session_id` between its turns.")
     share_prefix_cache: bool = setting(False, "Let different API keys share cached prefixes.")

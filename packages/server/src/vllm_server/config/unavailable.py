@@ -77,7 +77,6 @@ UNAVAILABLE = (
         ("engine.kv_cache_dtype",),
         neutral=("auto",),
     ),
-    Unavailable("Moving KV blocks to host memory", ("--cpu-mem-fold",), ("engine.cpu_mem_fold",)),
     Unavailable(
         "Running on another device than the first",
         ("--device-ids", "--d"),

@@ -52,8 +52,8 @@ class DeviceRunner:
         self._rows = rows
         self._cost = cost
         self._decode = decode
-        self._sampling = Sampling(rows)
         self._upload = Upload(kv.device)
+        self._sampling = Sampling(rows, self._upload)
         self._drafted: DeviceStep | None = None  # whose right drafts are not counted yet
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from torch import Tensor
 from vllm_traits import SamplingParams
 
@@ -13,6 +14,7 @@ from vllm_models.gpu.sample import sample
 from vllm_models.runner.device.inputs import Targets
 from vllm_models.runner.device.rows import DeviceRows
 from vllm_models.runner.device.step import Asked, Launched
+from vllm_models.runner.device.upload import Upload
 from vllm_models.runner.edits import Target
 
 
@@ -21,10 +23,12 @@ class Sampling:
 
     Args:
         rows: State, which keeps what was sampled.
+        upload: To the same device.
     """
 
-    def __init__(self, rows: DeviceRows) -> None:
+    def __init__(self, rows: DeviceRows, upload: Upload) -> None:
         self._rows = rows
+        self._upload = upload
         self._edited: tuple[tuple[object, ...], EditBatch | None] = ((), None)
 
     def launch(
@@ -45,12 +49,15 @@ class Sampling:
             launched: Changed in place.
         """
         asked = [(i, t) for i, t in enumerate(targets) if _params(t).logprobs is not None]
-        reported = logits[[i for i, _ in asked]].float() if asked else None  # before any change
+        if asked:
+            [sent] = self._upload.send([np.array([i for i, _ in asked], dtype=np.int32)])
+            places = sent.long()
+            reported = logits[places].float()  # before any change
         self._edit(logits, targets, where, masks)
         winners = sample(logits, where.rows, where.positions, self._rows.sampling)
         launched.token_ids, launched.best = winners
-        if reported is not None:
-            chosen = winners.token_ids[[i for i, _ in asked]]
+        if asked:
+            chosen = winners.token_ids[places]
             num_top = [_params(target).logprobs or 0 for _, target in asked]
             scores = score(reported, chosen, max(num_top))
             ids = [target.seq_id for _, target in asked]
