@@ -16,8 +16,10 @@ from vllm_models.kernels import (
     paged_attention,
     rms_norm,
     rope,
+    rope_write,
     silu_mul,
 )
+from vllm_models.kernels.kv_side import KVSide
 from vllm_models.kernels.paged_attention import Span, prepare
 
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -29,7 +31,7 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def test_every_operator_has_its_reference_beside_it() -> None:
-    names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
+    names = {module.name for module in pkgutil.iter_modules(kernels.__path__)} - {"kv_side"}
     assert len(names) >= 5
     for name in names:
         module = importlib.import_module(f"vllm_models.kernels.{name}")
@@ -40,8 +42,20 @@ def test_every_operator_has_its_reference_beside_it() -> None:
 @pytest.mark.parametrize("shape", [(1, 8), (5, 48), (3, 4, 16), (300, 7)])
 def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight = noise(*shape, dtype=dtype), noise(shape[-1], dtype=dtype)
-    got, wanted = (f(x, weight, 1e-6) for f in (rms_norm.rms_norm, rms_norm.reference))
-    torch.testing.assert_close(got, wanted, atol=DTYPES[dtype], rtol=DTYPES[dtype])
+    for factors, offset in ((weight, 0.0), (weight, 1.0), (None, 0.0)):
+        got = rms_norm.rms_norm(x, factors, 1e-6, offset)
+        wanted = rms_norm.reference(x, factors, 1e-6, offset)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, wanted, atol=DTYPES[dtype], rtol=DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_the_norm_of_a_sum_is_that_of_the_rounded_sum(dtype: torch.dtype, offset: float) -> None:
+    x, residual, weight = (noise(*shape, dtype=dtype) for shape in ((5, 48), (6, 48), (48,)))
+    total, normed = rms_norm.add_rms_norm(x, residual[1:], weight, 1e-6, offset)
+    assert torch.equal(total, residual[1:] + x)
+    assert torch.equal(normed, rms_norm.rms_norm(total, weight, 1e-6, offset))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,21 +83,52 @@ def test_rope(shape: tuple[int, int, int], turned: float, interleaved: bool) -> 
     assert torch.equal(got[..., cos.shape[-1] :], x[..., cos.shape[-1] :])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_heads_are_normalised_before_they_are_rotated(dtype: torch.dtype, offset: float) -> None:
+    x, angles = noise(5, 3, 16, dtype=dtype), noise(5, 1, 8)
+    cos, sin = torch.cat((angles.cos(),) * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    norm = rms_norm.Norm(noise(16, dtype=dtype), 1e-6, offset)
+    got = rope.rope(x, cos.to(dtype), sin.to(dtype), norm=norm)
+    wanted = rope.reference(rms_norm.reference(x, *norm), cos.to(dtype), sin.to(dtype))
+    torch.testing.assert_close(got, wanted, atol=DTYPES[dtype], rtol=DTYPES[dtype])
+
+
+@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
+def test_rope_write(offset: float | None) -> None:
+    q, k, v = noise(5, 8, 16).split((4, 2, 2), dim=1)
+    angles = noise(5, 1, 8)
+    cos, sin = torch.cat((angles.cos(),) * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    norms = tuple(
+        None if offset is None else rms_norm.Norm(noise(16), eps, offset) for eps in (1e-6, 0.1)
+    )
+    pools = [KVSide(torch.zeros(6, 4, 2, 16)) for _ in range(4)]
+    slots = torch.tensor([23, 0, 7, 8, 13])
+    got = rope_write.rope_write(q, k, v, (cos, sin, False), norms, *pools[:2], slots)
+    wanted = rope_write.reference(q, k, v, (cos, sin, False), norms, *pools[2:], slots)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(pools[0], pools[2])
+    assert torch.equal(pools[1].data, pools[3].data)
+    assert not torch.equal(got, q)
+
+
 def test_kv_write() -> None:
-    pools = [torch.zeros(6, 4, 2, 8) for _ in range(4)]
+    pools = [KVSide(torch.zeros(6, 4, 2, 8)) for _ in range(4)]
     key, value = noise(5, 2, 8), noise(5, 2, 8) + 1
     slots = torch.tensor([23, 0, 7, 8, 13])
     kv_write.kv_write(key, value, pools[0], pools[1], slots)
     kv_write.reference(key, value, pools[2], pools[3], slots)
-    assert torch.equal(pools[0], pools[2]) and torch.equal(pools[1], pools[3])
+    assert torch.equal(pools[0].data, pools[2].data)
+    assert torch.equal(pools[1].data, pools[3].data)
 
 
 def test_a_layer_without_values_writes_its_keys_once() -> None:
-    pools = [torch.zeros(6, 4, 1, 8) for _ in range(2)]
+    pools = [KVSide(torch.zeros(6, 4, 1, 8)) for _ in range(2)]
     key, slots = noise(3, 1, 8), torch.tensor([23, 0, 7])
     kv_write.kv_write(key, None, pools[0], pools[0], slots)
     kv_write.reference(key, None, pools[1], pools[1], slots)
-    assert torch.equal(pools[0], pools[1]) and torch.equal(pools[0].flatten(0, 1)[23], key[0])
+    assert torch.equal(pools[0].data, pools[1].data)
+    assert torch.equal(pools[0].data.flatten(0, 1)[23], key[0])
 
 
 SPANS = {
@@ -114,7 +159,7 @@ def test_paged_attention(
     tables = torch.tensor(random.Random(1).sample(range(num_blocks), k=5 * 8)).view(5, 8)
     spans = [Span(row, *span) for row, span in enumerate(SPANS[name])]
     q = noise(sum(span.num_queries for span in spans), num_heads, 16)
-    keys, values = (noise(num_blocks, block_size, num_kv_heads, 16) + i for i in range(2))
+    keys, values = (KVSide(noise(num_blocks, block_size, num_kv_heads, 16) + i) for i in range(2))
     prepared = prepare(spans, tables, block_size, q.dtype, window)
     got = paged_attention.paged_attention(q, keys, values, prepared, 0.25)
     wanted = paged_attention.reference(q, keys, values, spans, tables, 0.25, window)
@@ -138,7 +183,7 @@ def test_paged_attention_with_odd_scores_and_widths(
     tables = torch.tensor(random.Random(2).sample(range(60), k=5 * 8)).view(5, 8)
     spans = [Span(row, *span) for row, span in enumerate(SPANS[name])]
     q = noise(sum(span.num_queries for span in spans), 4, widths[0])
-    keys, values = (noise(60, 4, 2, width) for width in widths)
+    keys, values = (KVSide(noise(60, 4, 2, width)) for width in widths)
     sinks = noise(4) + 1 if has_sinks else None
     scale = widths[0] ** -0.5 * 2
     prepared = prepare(spans, tables, 4, q.dtype, window)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from vllm_core import Engine, SchedulerConfig
 from vllm_models import TorchBackend
+from vllm_models.components import experts
 from vllm_models.native.library import library
 from vllm_models.runner import recorded
 from vllm_traits import Request, SamplingParams
@@ -60,8 +61,31 @@ def test_recordings_end_where_their_memory_does(
     assert len(recordings(backend)) == 1
 
 
-def test_a_model_whose_steps_depend_on_numbers_walks(make_checkpoint: Any) -> None:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    backend = make_checkpoint("qwen3_moe", **experts).load(block_size=16)
+EXPERTS = {
+    "qwen2_moe": {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+    "gpt_oss": {"num_local_experts": 5},
+    "glm4_moe": {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "n_shared_experts": 1},
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_every_token_of_a_repeated_step_has_experts_of_its_own(
+    make_checkpoint: Any, family: str
+) -> None:
+    fields = {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 16}
+    checkpoint = make_checkpoint(family, **(fields | EXPERTS[family]))
+    repeated = checkpoint.load(block_size=16)
+    walked = checkpoint.load(block_size=16, enforce_eager=True)
+    assert generate(repeated, 3) == generate(walked, 3)
+    assert 3 in recordings(repeated)
+
+
+def test_a_model_whose_steps_depend_on_numbers_walks(
+    make_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts of different kinds are computed one by one, and which follows from the numbers."""
+    monkeypatch.setattr(experts, "are_alike", lambda weights: False)
+    fields = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    backend = make_checkpoint("qwen3_moe", **fields).load(block_size=16)
     generate(backend, 2)
     assert recordings(backend) == []

@@ -176,7 +176,7 @@ def _assemble(
     kv = allocate_kv(layers, memory.num_blocks, options.block_size, dtype, device)
     max_sequences = options.max_sequences
     ropes = (config.rope, config.local_rope)
-    layout = f"{memory.dtype}:{options.block_size}:{groups}:{kv.is_native}:{ropes}"
+    layout = f"{memory.dtype}:{options.block_size}:{groups}:{kv.layout}:{ropes}"
     info = BackendInfo(
         num_blocks=memory.num_blocks,
         block_size=options.block_size,
@@ -217,7 +217,7 @@ def _make_runner(
         return make_runner(model, kv, config, options, cost, memory.max_model_len)
     limits = (options.max_sequences, memory.max_model_len)
     rows = Rows(*limits, kv, config.vocab_size, config.eos_token_ids)
-    is_recorded = kv.is_native and not options.enforce_eager
+    is_recorded = kv.layout == "native" and not options.enforce_eager
     recorded = RecordedSteps(model, native()) if is_recorded else None
     return Runner(model, kv, rows, cost if kv.device.type == "cpu" else None, recorded)
 

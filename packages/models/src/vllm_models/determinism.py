@@ -59,7 +59,7 @@ def _products(model: nn.Module) -> tuple[str, ...]:
 
 
 def _attention(kv: KVPool) -> tuple[str, ...]:
-    if kv.is_native:
+    if kv.layout == "native":
         return ()
     return (
         f"attention runs in torch: KV is {_name(kv.dtype)} in blocks of {kv.block_size}, and the "

@@ -26,10 +26,13 @@ class DeepseekV3Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = feed_forward(c, layer)
 
-    def forward(self, x: Tensor, rotate: Rotation, ctx: ForwardContext) -> Tensor:
-        """[T, M] -> [T, M]."""
-        x = x + self.self_attn(self.input_layernorm(x), rotate, ctx)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, added: Tensor | None, rotate: Rotation, ctx: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
+        """[T, M] and what is to be added to it -> the same for the next layer."""
+        x, normed = self.input_layernorm.after(x, added)
+        x, normed = self.post_attention_layernorm.after(x, self.self_attn(normed, rotate, ctx))
+        return x, self.mlp(normed)
 
 
 class DeepseekV3Stack(DecoderStack):

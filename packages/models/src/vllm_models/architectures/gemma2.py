@@ -20,7 +20,6 @@ from vllm_models.components.mlp import GatedMLP
 from vllm_models.components.norm import OffsetRMSNorm
 from vllm_models.components.rotary import RotaryEmbedding, Rotation
 from vllm_models.config import ModelConfig
-from vllm_models.kernels.kv_write import kv_write
 from vllm_models.kernels.paged_attention import paged_attention
 from vllm_models.weights.saved import SavedTensor
 
@@ -42,18 +41,16 @@ class GemmaAttention(nn.Module):
             bias=c.attention_bias,
         )
         self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
-        self.q_norm = OffsetRMSNorm(c.head_dim, c.norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = OffsetRMSNorm(c.head_dim, c.norm_eps) if qk_norm else nn.Identity()
+        self.q_norm = OffsetRMSNorm(c.head_dim, c.norm_eps) if qk_norm else None
+        self.k_norm = OffsetRMSNorm(c.head_dim, c.norm_eps) if qk_norm else None
 
     def forward(self, x: Tensor, rotate: Rotation, ctx: ForwardContext) -> Tensor:
         """[T, M] -> [T, M]."""
         qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)  # [T, H + 2K, D]
         q, k, v = qkv.split(self.heads, dim=1)  # [T, H, D], [T, K, D], [T, K, D]
-        q, k = rotate(self.q_norm(q)), rotate(self.k_norm(k))
-        keys, values = ctx.kv[self.layer]
-        kv_write(k, v, keys, values, ctx.slot_mapping)
-        spans = ctx.attention[self.layer]
-        out = paged_attention(q, keys, values, spans, self.scale, self.soft_cap)  # [T, H, D]
+        kv, spans = ctx.kv[self.layer], ctx.attention[self.layer]
+        q = rotate.write((q, k, v), (self.q_norm, self.k_norm), kv, ctx.slot_mapping)
+        out = paged_attention(q, *kv, spans, self.scale, self.soft_cap)  # [T, H, D]
         return self.o_proj(out.flatten(1))
 
 
@@ -69,11 +66,14 @@ class Gemma2Block(nn.Module):
         self.mlp = GatedMLP(c)
         self.post_feedforward_layernorm = OffsetRMSNorm(c.hidden_size, c.norm_eps)
 
-    def forward(self, x: Tensor, rotate: Rotation, ctx: ForwardContext) -> Tensor:
-        """[T, M] -> [T, M]."""
-        attended = self.self_attn(self.input_layernorm(x), rotate, ctx)
-        x = x + self.post_attention_layernorm(attended)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+    def forward(
+        self, x: Tensor, added: Tensor | None, rotate: Rotation, ctx: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
+        """[T, M] and what is to be added to it -> the same for the next layer."""
+        x, normed = self.input_layernorm.after(x, added)
+        attended = self.post_attention_layernorm(self.self_attn(normed, rotate, ctx))
+        x, normed = self.pre_feedforward_layernorm.after(x, attended)
+        return x, self.post_feedforward_layernorm(self.mlp(normed))
 
 
 class GemmaStack(DecoderStack):
@@ -91,9 +91,7 @@ class GemmaStack(DecoderStack):
         x = self.embed_tokens(token_ids) * self.scale
         far = self.rotary_emb(ctx.positions, x.dtype)
         near = self.local_rotary_emb(ctx.positions, x.dtype)
-        for layer, window in zip(self.layers, self.windows, strict=True):
-            x = layer(x, near if window else far, ctx)
-        return self.norm(x)
+        return self.run_layers(x, near, far, ctx)
 
 
 def rounded(number: float) -> float:

@@ -16,9 +16,10 @@ from vllm_models.architectures.gemma4_parts import Gemma4Attention, Gemma4Router
 from vllm_models.components.context import ForwardContext, LayerKV
 from vllm_models.components.decoder import DecoderStack, MakeBlock
 from vllm_models.components.embedding import Embedding
+from vllm_models.components.experts import Experts
 from vllm_models.components.linear import Linear
 from vllm_models.components.mlp import GatedMLP
-from vllm_models.components.moe import check_count, mix, unstack
+from vllm_models.components.moe import check_count, unstack
 from vllm_models.components.norm import RMSNorm
 from vllm_models.components.rotary import RotaryEmbedding, Rotation
 from vllm_models.config import ModelConfig
@@ -48,7 +49,7 @@ class Gemma4Block(nn.Module):
             check_count(num_experts)
             width = c.fields.positive("moe_intermediate_size")
             self.router = Gemma4Router(c, num_experts)
-            self.experts = nn.ModuleList(GatedMLP(c, width) for _ in range(num_experts))
+            self.experts = Experts(GatedMLP(c, width) for _ in range(num_experts))
             self.post_feedforward_layernorm_1 = norm()
             self.pre_feedforward_layernorm_2 = norm()
             self.post_feedforward_layernorm_2 = norm()
@@ -63,10 +64,11 @@ class Gemma4Block(nn.Module):
     ) -> Tensor:
         """[T, M], and the layer's own input [T, I] -> [T, M]."""
         attended = self.self_attn(self.input_layernorm(x), rotate, ctx)
-        x = x + self.post_attention_layernorm(attended)
-        out = self.mlp(self.pre_feedforward_layernorm(x))
+        attended = self.post_attention_layernorm(attended)
+        x, normed = self.pre_feedforward_layernorm.after(x, attended)
+        out = self.mlp(normed)
         if self.router is not None:
-            answers = mix(self.experts, self.pre_feedforward_layernorm_2(x), *self.router(x))
+            answers = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
             out = self.post_feedforward_layernorm_1(out)
             out = out + self.post_feedforward_layernorm_2(answers)
         x = x + self.post_feedforward_layernorm(out)

@@ -15,6 +15,7 @@ from vllm_models.components.rotary import Rotation
 from vllm_models.config import ModelConfig
 from vllm_models.kernels.kv_write import kv_write
 from vllm_models.kernels.paged_attention import paged_attention
+from vllm_models.native.tape import as_one
 
 
 def layer_kv(c: ModelConfig) -> Sequence[LayerKV]:
@@ -75,7 +76,7 @@ class Gemma4Attention(nn.Module):
         self.o_proj = Linear(c.num_heads * self.head_dim, c.hidden_size, bias=c.attention_bias)
         self.q_norm = RMSNorm(self.head_dim, c.norm_eps)
         self.k_norm = None if self.is_shared else RMSNorm(self.head_dim, c.norm_eps)
-        self.v_norm = UnitRMSNorm(self.head_dim, c.norm_eps)
+        self.v_norm = UnitRMSNorm(c.norm_eps)
 
     def forward(self, x: Tensor, rotate: Rotation, ctx: ForwardContext) -> Tensor:
         """[T, M] -> [T, M]."""
@@ -101,7 +102,7 @@ class Gemma4Router(nn.Module):
                 f"{c.fields.source}: top_k_experts {self.num_chosen} is more than num_experts "
                 f"{num_experts}."
             )
-        self.norm = UnitRMSNorm(c.hidden_size, c.norm_eps)
+        self.norm = UnitRMSNorm(c.norm_eps)
         self.proj = Linear(c.hidden_size, num_experts)
         self.scale = nn.Parameter(torch.empty(c.hidden_size), requires_grad=False)
         self.per_expert_scale = nn.Parameter(torch.empty(num_experts), requires_grad=False)
@@ -109,6 +110,11 @@ class Gemma4Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[T, M] -> weights and experts [T, num_chosen]."""
         scores = self.proj(self.norm(x) * self.scale * x.shape[-1] ** -0.5)
+        weights, chosen = as_one(lambda: self._choose(scores))
+        return weights, chosen
+
+    def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, E] -> weights and experts [T, num_chosen]."""
         weights, chosen = scores.float().softmax(-1).topk(self.num_chosen)
         weights = weights / weights.sum(-1, keepdim=True) * self.per_expert_scale[chosen]
-        return weights.to(x.dtype), chosen
+        return weights.to(scores.dtype), chosen

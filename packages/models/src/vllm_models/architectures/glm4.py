@@ -25,11 +25,14 @@ class Glm4Block(nn.Module):
         self.mlp = GatedMLP(c, fused=True)
         self.post_mlp_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
 
-    def forward(self, x: Tensor, rotate: Rotation, ctx: ForwardContext) -> Tensor:
-        """[T, M] -> [T, M]."""
-        attended = self.self_attn(self.input_layernorm(x), rotate, ctx)
-        x = x + self.post_self_attn_layernorm(attended)
-        return x + self.post_mlp_layernorm(self.mlp(self.post_attention_layernorm(x)))
+    def forward(
+        self, x: Tensor, added: Tensor | None, rotate: Rotation, ctx: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
+        """[T, M] and what is to be added to it -> the same for the next layer."""
+        x, normed = self.input_layernorm.after(x, added)
+        attended = self.post_self_attn_layernorm(self.self_attn(normed, rotate, ctx))
+        x, normed = self.post_attention_layernorm.after(x, attended)
+        return x, self.post_mlp_layernorm(self.mlp(normed))
 
 
 class Glm4ForCausalLM(CausalLM):

@@ -5,6 +5,7 @@ into instead of any key.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,15 @@ from vllm_traits import ModelError
 
 from vllm_models.components.context import ForwardContext
 from vllm_models.components.decoder import CausalLM
+from vllm_models.components.experts import Experts
 from vllm_models.components.linear import Linear
-from vllm_models.components.moe import check_count, mix
+from vllm_models.components.moe import check_count
 from vllm_models.components.norm import RMSNorm
 from vllm_models.components.rotary import Rotation
 from vllm_models.config import ModelConfig
 from vllm_models.kernels.clamped_swiglu import clamped_swiglu
-from vllm_models.kernels.kv_write import kv_write
 from vllm_models.kernels.paged_attention import paged_attention
+from vllm_models.native.tape import as_one
 from vllm_models.weights.saved import SavedTensor
 
 
@@ -45,11 +47,9 @@ class GptOssAttention(nn.Module):
         """[T, M] -> [T, M]."""
         qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)  # [T, H + 2K, D]
         q, k, v = qkv.split(self.heads, dim=1)  # [T, H, D], [T, K, D], [T, K, D]
-        q, k = rotate(q), rotate(k)
-        keys, values = ctx.kv[self.layer]
-        kv_write(k, v, keys, values, ctx.slot_mapping)
-        spans = ctx.attention[self.layer]
-        out = paged_attention(q, keys, values, spans, self.scale, sinks=self.sinks)  # [T, H, D]
+        kv, spans = ctx.kv[self.layer], ctx.attention[self.layer]
+        q = rotate.write((q, k, v), (None, None), kv, ctx.slot_mapping)
+        out = paged_attention(q, *kv, spans, self.scale, sinks=self.sinks)  # [T, H, D]
         return self.o_proj(out.flatten(1))
 
 
@@ -58,15 +58,16 @@ class GptOssExpert(nn.Module):
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.alpha = c.fields.get("swiglu_alpha", float, 1.702)
-        self.limit = c.fields.above_zero("swiglu_limit", 7.0)
+        alpha = c.fields.get("swiglu_alpha", float, 1.702)
+        limit = c.fields.above_zero("swiglu_limit", 7.0)
+        self.activate = partial(clamped_swiglu, alpha=alpha, limit=limit)
         widths = {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}
         self.gate_up_proj = Linear(c.hidden_size, widths, bias=True)
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, M] -> [N, M]."""
-        return self.down_proj(clamped_swiglu(self.gate_up_proj(x), self.alpha, self.limit))
+        return self.down_proj(self.activate(self.gate_up_proj(x)))
 
 
 class GptOssMLP(nn.Module):
@@ -83,12 +84,18 @@ class GptOssMLP(nn.Module):
                 f"num_local_experts {num_experts}."
             )
         self.router = Linear(c.hidden_size, num_experts, bias=True)
-        self.experts = nn.ModuleList(GptOssExpert(c) for _ in range(num_experts))
+        self.experts = Experts(GptOssExpert(c) for _ in range(num_experts))
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, M] -> [T, M]."""
-        scores, chosen = self.router(x).topk(self.num_chosen)  # [T, num_chosen]
-        return mix(self.experts, x, scores.float().softmax(-1).to(x.dtype), chosen)
+        logits = self.router(x)  # [T, E]
+        weights, chosen = as_one(lambda: self._choose(logits))
+        return self.experts(x, weights, chosen)
+
+    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights, and which experts: [T, E] -> [T, num_chosen]."""
+        scores, chosen = logits.topk(self.num_chosen)
+        return scores.float().softmax(-1).to(logits.dtype), chosen
 
 
 class GptOssBlock(nn.Module):
@@ -101,10 +108,13 @@ class GptOssBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
         self.mlp = GptOssMLP(c)
 
-    def forward(self, x: Tensor, rotate: Rotation, ctx: ForwardContext) -> Tensor:
-        """[T, M] -> [T, M]."""
-        x = x + self.self_attn(self.input_layernorm(x), rotate, ctx)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, added: Tensor | None, rotate: Rotation, ctx: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
+        """[T, M] and what is to be added to it -> the same for the next layer."""
+        x, normed = self.input_layernorm.after(x, added)
+        x, normed = self.post_attention_layernorm.after(x, self.self_attn(normed, rotate, ctx))
+        return x, self.mlp(normed)
 
 
 class GptOssForCausalLM(CausalLM):

@@ -39,10 +39,12 @@ class Olmo2Block(nn.Module):
         self.mlp = GatedMLP(c)
         self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
 
-    def forward(self, x: Tensor, rotate: Rotation, ctx: ForwardContext) -> Tensor:
-        """[T, M] -> [T, M]."""
+    def forward(
+        self, x: Tensor, added: None, rotate: Rotation, ctx: ForwardContext
+    ) -> tuple[Tensor, None]:
+        """[T, M] -> [T, M], to which nothing is to be added: the next layer has no norm first."""
         x = x + self.post_attention_layernorm(self.self_attn(x, rotate, ctx))
-        return x + self.post_feedforward_layernorm(self.mlp(x))
+        return x + self.post_feedforward_layernorm(self.mlp(x)), None
 
 
 class Olmo2ForCausalLM(CausalLM):

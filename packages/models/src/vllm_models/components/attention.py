@@ -9,7 +9,6 @@ from vllm_models.components.linear import Linear
 from vllm_models.components.norm import RMSNorm
 from vllm_models.components.rotary import Rotation
 from vllm_models.config import ModelConfig
-from vllm_models.kernels.kv_write import kv_write
 from vllm_models.kernels.paged_attention import paged_attention
 
 
@@ -55,11 +54,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotate: Rotation, ctx: ForwardContext) -> Tensor:
         """[T, M] -> [T, M]."""
-        q, k, v = self.project(x)
-        q, k = rotate(q, self.head_norms[0]), rotate(k, self.head_norms[1])
-        keys, values = ctx.kv[self.layer]
-        kv_write(k, v, keys, values, ctx.slot_mapping)
-        out = paged_attention(q, keys, values, ctx.attention[self.layer], self.scale)  # [T, H, D]
+        kv = ctx.kv[self.layer]
+        q = rotate.write(self.project(x), self.head_norms, kv, ctx.slot_mapping)  # [T, H, D]
+        out = paged_attention(q, *kv, ctx.attention[self.layer], self.scale)  # [T, H, D]
         return self.o_proj(out.flatten(1))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from vllm_models.gpu.spans import GpuSpans
+from vllm_models.kernels.kv_side import KVSide
 from vllm_models.kernels.paged_attention import Prepared
 from vllm_models.native.attention import Spans
 
@@ -36,11 +38,10 @@ class ForwardContext(NamedTuple):
         positions: [T] of every token in its own sequence.
         slot_mapping: [T] where its key and value are written.
         attention: Who attends to what, of every layer.
-        kv: Keys [B, P, K, D] and values [B, P, K, W] of every layer; the same tensor twice if it
-            keeps no values.
+        kv: Keys and values of every layer; the same twice if it keeps no values.
     """
 
     positions: Tensor
     slot_mapping: Tensor
-    attention: Sequence[Prepared | Spans]
-    kv: Sequence[tuple[Tensor, Tensor]]
+    attention: Sequence[Prepared | Spans | GpuSpans]
+    kv: Sequence[tuple[KVSide, KVSide]]

@@ -11,7 +11,7 @@ from vllm_models.components.context import ForwardContext, LayerKV
 from vllm_models.components.embedding import Embedding
 from vllm_models.components.linear import Linear
 from vllm_models.components.norm import RMSNorm
-from vllm_models.components.rotary import RotaryEmbedding
+from vllm_models.components.rotary import RotaryEmbedding, Rotation
 from vllm_models.config import ModelConfig
 from vllm_models.weights.saved import SavedTensor
 
@@ -55,7 +55,9 @@ class DecoderStack(nn.Module):
 
     Args:
         c: Shape of the model.
-        block: Makes the layer of an index; called with `(x, rotate, ctx)`, it returns `[T, M]`.
+        block: Makes the layer of an index. It is called with `(x, added, rotate, ctx)` and returns
+            x and added of the next layer: the stream `[T, M]`, and what the first norm of a layer
+            adds to it, if anything.
     """
 
     def __init__(self, c: ModelConfig, block: MakeBlock) -> None:
@@ -74,9 +76,14 @@ class DecoderStack(nn.Module):
         near = far = self.rotary_emb(ctx.positions, x.dtype)
         if self.local_rotary_emb is not None:
             near = self.local_rotary_emb(ctx.positions, x.dtype)
+        return self.run_layers(x, near, far, ctx)
+
+    def run_layers(self, x: Tensor, near: Rotation, far: Rotation, ctx: ForwardContext) -> Tensor:
+        """Layers with a window turn as `near` says: embeddings [T, M] -> hidden states [T, M]."""
+        added = None
         for layer, window in zip(self.layers, self.windows, strict=True):
-            x = layer(x, near if window else far, ctx)
-        return self.norm(x)
+            x, added = layer(x, added, near if window else far, ctx)
+        return self.norm.after(x, added)[1]
 
 
 class CausalLM(Decoder):

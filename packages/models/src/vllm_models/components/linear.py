@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vllm_models.gpu.launch import kernels_for, serves
 from vllm_models.native.dense import PackedDense
 from vllm_models.native.library import library_for
 from vllm_models.weights.saved import PLAIN_KINDS
@@ -34,7 +35,7 @@ class Place(NamedTuple):
 
 
 class Packed(Protocol):
-    """A weight in the order of the CPU's kernels, see `vllm_models.native`."""
+    """A weight in the order of the device's kernels, see `vllm_models.native` and `gpu.layout`."""
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[T, in_features] -> [T, out_features]."""
@@ -72,7 +73,7 @@ class LinearMethod(ABC):
         """The weight as numbers: [out_features, in_features] float32."""
 
     def packed_parts(self, layer: Linear) -> list[Packed | None]:
-        """What the CPU's kernels multiply; None stands for a part that torch does."""
+        """What the device's kernels multiply; None stands for a part that torch does."""
         return [layer.packed]
 
     def gather(self, layer: Linear, rows: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ class Dense(LinearMethod):
 
     def pack(self, layer: Linear) -> None:
         """Reorder for the CPU's kernels, if there are any."""
-        library = library_for(layer.weight)
+        library = None if serves(layer.weight.device) else library_for(layer.weight)
         if library is not None:
             packed = PackedDense(library, layer.weight)
             layer.weight = nn.Parameter(packed.data, requires_grad=False)
@@ -106,6 +107,8 @@ class Dense(LinearMethod):
         """Multiply by the transposed weight."""
         if layer.packed is not None:
             return layer.packed.matmul(x, bias)
+        if (gpu := kernels_for(x)) is not None:
+            return gpu.dense_matmul(x, layer.weight, bias, layer.fixed_order)
         return F.linear(x, layer.weight, bias)
 
     def dequantize(self, layer: Linear) -> Tensor:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from vllm_traits import ModelError
 
+from vllm_models.components.experts import Experts
 from vllm_models.components.linear import Linear
+from vllm_models.native.tape import as_one
 from vllm_models.weights.saved import SavedTensor
 
 _MAX_EXPERTS = 10_000
@@ -91,7 +93,7 @@ class MixtureOfExperts(nn.Module):
             self.gate.float()
             correction = torch.empty(routing.num_experts, dtype=torch.float32)
             self.e_score_correction_bias = nn.Parameter(correction, requires_grad=False)
-        self.experts = nn.ModuleList(expert() for _ in range(routing.num_experts))
+        self.experts = Experts(expert() for _ in range(routing.num_experts))
         self.shared_expert = shared
         self.shared_expert_gate = Linear(width, 1) if shared is not None else None
 
@@ -104,18 +106,24 @@ class MixtureOfExperts(nn.Module):
 
     def _routed(self, x: Tensor) -> Tensor:
         """[T, M] -> [T, M]."""
+        logits = self.gate(x if self.e_score_correction_bias is None else x.float())  # [T, E]
+        weights, chosen = as_one(lambda: self._choose(logits, x.dtype))
+        return self.experts(x, weights, chosen)
+
+    def _choose(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weights, and which experts: [T, E] -> [T, num_chosen]."""
         if self.e_score_correction_bias is None:
-            scores = choice = self.gate(x).float().softmax(-1)  # [T, E]
+            scores = choice = logits.float().softmax(-1)
         else:
-            scores = self.gate(x.float()).sigmoid()
+            scores = logits.sigmoid()
             choice = scores + self.e_score_correction_bias
         if self.routing.num_chosen_groups < self.routing.num_groups:
             choice = self._in_best_groups(choice)
-        chosen = choice.topk(self.routing.num_chosen).indices  # [T, num_chosen]
+        chosen = choice.topk(self.routing.num_chosen).indices
         weights = scores.gather(1, chosen)
         if self.routing.renormalize:
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
-        return mix(self.experts, x, (weights * self.routing.scale).to(x.dtype), chosen)
+        return (weights * self.routing.scale).to(dtype), chosen
 
     def _in_best_groups(self, choice: Tensor) -> Tensor:
         """The scores [T, E], minus infinity outside of the chosen groups."""
@@ -146,20 +154,3 @@ def unstack(saved: SavedTensor) -> Iterable[SavedTensor]:
                 (size, columns),
                 lambda t, e=expert, r=rows: t.reshape(num_experts, num_rows, -1)[e, r],
             )
-
-
-def mix(experts: nn.ModuleList, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-    """Weighted sum of the answers of each token's experts: [T, M] -> [T, M].
-
-    Args:
-        experts: Each [N, M] -> [N, M]; only those that some token chose are computed, each once.
-        x: [T, M].
-        weights: [T, num_chosen].
-        chosen: [T, num_chosen] which experts.
-    """
-    out = torch.zeros_like(x)
-    for index in chosen.unique().tolist():
-        tokens, places = (chosen == index).nonzero(as_tuple=True)
-        answer = experts[index](x[tokens]) * weights[tokens, places, None]
-        out.index_add_(0, tokens, answer)
-    return out

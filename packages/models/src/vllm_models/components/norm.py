@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vllm_models.kernels.rms_norm import rms_norm
+from vllm_models.kernels.rms_norm import Norm, add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
     """Divide by the root mean square of the last dimension and scale each component."""
+
+    offset = 0.0  # added to the weights
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -18,25 +20,32 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.offset)
+
+    def after(self, residual: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """residual + x, or residual alone, and the norm of that: both [T, width]."""
+        if x is None:
+            return residual, self(residual)
+        return add_rms_norm(x, residual, self.weight, self.eps, self.offset)
+
+    def terms(self) -> Norm:
+        """For an operator that normalises what it reads."""
+        return Norm(self.weight, self.eps, self.offset)
 
 
 class OffsetRMSNorm(RMSNorm):
     """The same, with weights that are saved as their difference from 1."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
-        return rms_norm(x.float(), self.weight.float() + 1, self.eps).to(x.dtype)
+    offset = 1.0
 
 
 class UnitRMSNorm(nn.Module):
     """The same without weights."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, eps: float) -> None:
         super().__init__()
-        self.width = width
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return rms_norm(x, torch.ones(self.width, dtype=x.dtype, device=x.device), self.eps)
+        return rms_norm(x, None, self.eps)

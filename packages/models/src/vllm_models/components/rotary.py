@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from vllm_models.components.norm import RMSNorm
 from vllm_models.config import RopeConfig
+from vllm_models.kernels.kv_side import KVSide
+from vllm_models.kernels.rms_norm import Norm
 from vllm_models.kernels.rope import rope
+from vllm_models.kernels.rope_write import rope_write
 
 
 class Rotation(NamedTuple):
@@ -26,8 +29,29 @@ class Rotation(NamedTuple):
 
     def __call__(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """Rotate the heads of a step, each normalised before if so wanted: [T, H, D]."""
-        with_norm = None if norm is None else (norm.weight, norm.eps)
-        return rope(x, self.cos, self.sin, self.interleaved, with_norm)
+        return rope(x, *self, _terms(norm))
+
+    def write(
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        norms: tuple[RMSNorm | None, RMSNorm | None],
+        kv: tuple[KVSide, KVSide],
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """Rotate queries and keys, store keys and values, and give the queries [T, H, D].
+
+        Args:
+            qkv: [T, H, D], [T, K, D] and [T, K, W].
+            norms: Of query heads and of key heads before.
+            kv: Keys and values of a layer.
+            slot_mapping: [T] where those of each token are written.
+        """
+        terms = (_terms(norms[0]), _terms(norms[1]))
+        return rope_write(*qkv, self, terms, *kv, slot_mapping)
+
+
+def _terms(norm: RMSNorm | None) -> Norm | None:
+    return None if norm is None else norm.terms()
 
 
 class RotaryEmbedding(nn.Module):

@@ -6,6 +6,7 @@ Imports no Triton: a process that computes on a CPU starts without it.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -71,13 +72,12 @@ def _has_triton() -> bool:
 
 def kernels_for(x: Tensor) -> ModuleType | None:
     """The kernels (`vllm_models.gpu.kernels`) if they compute what lies where x does."""
-    return _kernels() if serves(x.device) else None
+    return kernels() if serves(x.device) else None
 
 
 @functools.cache
-def _kernels() -> ModuleType:
+def kernels() -> ModuleType:
+    """The kernels, for a device that they serve."""
     if mode() == "interpret":
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-    from vllm_models.gpu import kernels
-
-    return kernels
+    return importlib.import_module("vllm_models.gpu.kernels")

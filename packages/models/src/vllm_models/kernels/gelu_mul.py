@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_models.gpu.launch import kernels_for
 from vllm_models.native import pointwise
 from vllm_models.native.library import library_for
 
 
 def gelu_mul(gate_up: Tensor) -> Tensor:
     """Activate the first half and multiply it by the second."""
+    if (gpu := kernels_for(gate_up)) is not None:
+        return gpu.gelu_mul(gate_up)
     if (library := library_for(gate_up)) is not None:
         return pointwise.gate(library, gate_up, "gelu_tanh")
     gate, up = gate_up.chunk(2, dim=-1)

@@ -19,3 +19,7 @@ class KVSide(NamedTuple):
 
     data: Tensor
     scales: Tensor | None = None
+
+    def of(self, layer: int) -> KVSide:
+        """One layer of the sides of several."""
+        return KVSide(self.data[layer], None if self.scales is None else self.scales[layer])

@@ -21,6 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_models.gpu.launch import kernels
+from vllm_models.gpu.spans import GpuSpans
+from vllm_models.kernels.kv_side import KVSide
 from vllm_models.native.attention import Spans, attend
 from vllm_models.native.library import loaded
 
@@ -163,9 +166,9 @@ def _group(
 
 def paged_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    prepared: Prepared | Spans,
+    keys: KVSide,
+    values: KVSide,
+    prepared: Prepared | Spans | GpuSpans,
     scale: float,
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
@@ -176,15 +179,22 @@ def paged_attention(
         q: [T, H, D].
         keys: [B, P, K, D].
         values: [B, P, K, W].
-        prepared: From `prepare`.
+        prepared: Of the step, for the layout of the keys and values.
         scale: Multiplies the scores.
         soft_cap: Scores s become cap * tanh(s / cap); 0 leaves them.
         sinks: [H] a score of nothing, beside those of the keys.
     """
+    if isinstance(prepared, GpuSpans):
+        return kernels().paged_attention(q, *keys, *values, prepared, scale, soft_cap, sinks)
     if isinstance(prepared, Spans):
-        return attend(loaded(), q, keys, values, prepared, scale, soft_cap, sinks)
+        return attend(loaded(), q, keys.data, values.data, prepared, scale, soft_cap, sinks)
+    return _attend_all(q, keys.data, values.data, prepared, Scoring(scale, soft_cap, sinks))
+
+
+def _attend_all(
+    q: Tensor, keys: Tensor, values: Tensor, prepared: Prepared, scoring: Scoring
+) -> Tensor:
     groups, prompts = prepared
-    scoring = Scoring(scale, soft_cap, sinks)
     if len(groups) == 1 and groups[0].queries is None:
         return _attend_group(q, keys, values, groups[0], scoring)
     out = q.new_empty((*q.shape[:2], values.shape[3]))
@@ -259,8 +269,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, how: Scoring) -> Tens
 
 def reference(  # noqa: PLR0913 - those of the operator and of `prepare`
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: KVSide,
+    values: KVSide,
     spans: Sequence[Span],
     block_tables: Tensor,
     scale: float,
@@ -269,10 +279,10 @@ def reference(  # noqa: PLR0913 - those of the operator and of `prepare`
     sinks: Tensor | None = None,
 ) -> Tensor:
     """The textbook form: one query and one head at a time, in float32."""
-    out, place = q.new_empty((*q.shape[:2], values.shape[3])), 0
-    repeats = q.shape[1] // keys.shape[2]
+    out, place = q.new_empty((*q.shape[:2], values.data.shape[3])), 0
+    repeats = q.shape[1] // keys.data.shape[2]
     for row, num_queries, length in spans:
-        k, v = (kv[block_tables[row]].flatten(0, 1).float() for kv in (keys, values))
+        k, v = (kv.data[block_tables[row]].flatten(0, 1).float() for kv in (keys, values))
         for index in range(num_queries):
             end = length - num_queries + index + 1
             seen = slice(max(0, end - window) if window else 0, end)

@@ -10,22 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_models.kernels.rms_norm import rms_norm
+from vllm_models.gpu.launch import kernels_for
+from vllm_models.kernels.rms_norm import Norm, rms_norm
 from vllm_models.native.library import library_for
 from vllm_models.native.pointwise import rotate_heads
 
 
 def rope(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    interleaved: bool = False,
-    norm: tuple[Tensor, float] | None = None,
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, norm: Norm | None = None
 ) -> Tensor:
-    """Rotate all heads of all tokens, each after an RMSNorm if its weight and epsilon are given."""
+    """Rotate all heads of all tokens, each after an RMSNorm if one is given."""
+    if (gpu := kernels_for(x)) is not None:
+        return gpu.rope(x, cos, sin, interleaved, norm)
+    if norm is not None and norm.offset:
+        x, norm = rms_norm(x, *norm), None
     library = library_for(x)
     if library is not None and x.stride()[1:] == (x.shape[2], 1):
-        return rotate_heads(library, x, (cos, sin), interleaved, norm)
+        with_norm = norm if norm is None else (norm.weight, norm.eps)
+        return rotate_heads(library, x, (cos, sin), interleaved, with_norm)
     if norm is not None:
         x = rms_norm(x, *norm)
     width = cos.shape[-1]

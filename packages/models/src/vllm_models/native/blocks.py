@@ -9,6 +9,7 @@ threads, or on how weights are stacked.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
@@ -111,6 +112,19 @@ def pack_blocks(library: Library, blocks: Tensor, kind: str, columns: int) -> Pa
     return PackedBlocks(library, [(weight, data)])
 
 
+def fits_groups(columns: int, group_size: int) -> bool:
+    """Whether groups of so many columns can be packed: of a multiple of 32, or the whole row."""
+    return group_size == columns or group_size % GROUP == 0
+
+
+def keeps_scales(scales: Tensor) -> bool:
+    """Whether `pack_grouped` rounds them by 2**-11 of themselves at most: [outputs, G] -> bool."""
+    if scales.dtype != torch.float32:
+        return True
+    error = (_short(scales).float() - scales).abs()
+    return bool((error <= scales.abs() * 2.0**-11).all())
+
+
 def pack_grouped(
     library: Library, codes: Tensor, scales: Tensor, zero_points: Tensor, bits: int
 ) -> PackedBlocks:
@@ -121,8 +135,7 @@ def pack_grouped(
         codes: [outputs, columns] uint8, below 2 ** bits; signed codes are given with their zero
             added.
         scales: [outputs, G] float16, bfloat16, or float32, which is rounded to float16 unless
-            bfloat16 holds it; columns / G is one of SPANS, or a multiple of 128, or G is 1 and
-            columns any number.
+            bfloat16 holds it; `fits_groups` says which columns / G can be.
         zero_points: [outputs, G]; integers, or what float16 holds exactly.
         bits: 4 or 8.
     """
@@ -145,13 +158,12 @@ def _short(scales: Tensor) -> Tensor:
 
 
 def _spread(scales: Tensor, zero_points: Tensor, columns: int) -> tuple[Tensor, Tensor, int]:
-    """Repeat the scales of large groups, so that each stands for at most 128 columns."""
-    span = -(-columns // scales.shape[1])
-    if span in SPANS:
-        return scales, zero_points, span
-    assert span % 128 == 0 or scales.shape[1] == 1, f"groups of {span} columns"
-    times = -(-span // 128)
-    return scales.repeat_interleave(times, 1), zero_points.repeat_interleave(times, 1), 128
+    """Repeat the scales of groups, so that each stands for one of SPANS."""
+    size = -(-columns // scales.shape[1])
+    assert fits_groups(columns, size), f"groups of {size} columns"
+    span = 128 if scales.shape[1] == 1 and size not in SPANS else math.gcd(size, 128)
+    times = -(-size // span)
+    return scales.repeat_interleave(times, 1), zero_points.repeat_interleave(times, 1), span
 
 
 def _empty(

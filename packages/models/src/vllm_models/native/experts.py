@@ -1,19 +1,99 @@
 """The linear layers of a mixture of experts as one call: the rows of each expert by its own weight.
 
-Every row has the bits that its expert's `matmul` would give it alone.
+Every row has the bits that its expert's `matmul` would give it alone, and the answers of a token are
+added in the order of its choices, so it does not matter which other tokens there are.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from vllm_models.native.blocks import PackedBlocks
 from vllm_models.native.dense import PackedDense
+from vllm_models.native.library import Library
 from vllm_models.native.packed import TYPES, address
+
+
+class _Choices(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("chosen", "starts", "row_tokens", "rows")),
+        *((name, ctypes.c_int64) for name in ("tokens", "num_chosen", "num_experts")),
+    )
+
+
+class _Answers(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("out", "answers", "weights", "rows")),
+        *((name, ctypes.c_int64) for name in ("tokens", "num_chosen", "width", "type")),
+    )
+
+
+class Choices(NamedTuple):
+    """One row for every expert of every token, sorted by expert.
+
+    Attributes:
+        starts: [num_experts + 1] int64; expert e has the rows from starts[e] to starts[e + 1].
+        row_tokens: [T * num_chosen] int64 token of each row.
+        rows: [T, num_chosen] int64 row of each choice.
+    """
+
+    starts: Tensor
+    row_tokens: Tensor
+    rows: Tensor
+
+
+def sort_choices(library: Library, chosen: Tensor, num_experts: int) -> Choices:
+    """Give every choice a row.
+
+    Args:
+        library: The kernels.
+        chosen: [T, num_chosen] int64 below num_experts.
+        num_experts: How many there are.
+    """
+    chosen = chosen.contiguous()
+    starts = torch.empty(num_experts + 1, dtype=torch.int64)
+    found = Choices(
+        starts, torch.empty(chosen.numel(), dtype=torch.int64), torch.empty_like(chosen)
+    )
+    addresses = (tensor.data_ptr() for tensor in (chosen, *found))
+    library.sort_choices(ctypes.byref(_Choices(*addresses, *chosen.shape, num_experts)))
+    return found
+
+
+def add_answers(library: Library, answers: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    """Each token's answers by their weights, in float32 and in the order of its choices: [T, M].
+
+    Args:
+        library: The kernels.
+        answers: [T * num_chosen, M] float32 or bfloat16, contiguous.
+        weights: [T, num_chosen].
+        rows: [T, num_chosen] int64 row of each choice.
+    """
+    weights = weights.float().contiguous()
+    (num_tokens, num_chosen), width = rows.shape, answers.shape[1]
+    out = torch.empty((num_tokens, width), dtype=answers.dtype)
+    addresses = (tensor.data_ptr() for tensor in (out, answers, weights, rows))
+    sizes = (num_tokens, num_chosen, width, TYPES[answers.dtype])
+    library.add_answers(ctypes.byref(_Answers(*addresses, *sizes)))
+    return out
+
+
+def are_alike(weights: Sequence[object]) -> TypeGuard[list[PackedDense] | list[PackedBlocks]]:
+    """Whether weights are of one shape and held in one way, as `PackedExperts` wants them."""
+    return None not in (kinds := {_kind(weight) for weight in weights}) and len(kinds) == 1
+
+
+def _kind(weight: object) -> object:
+    if isinstance(weight, PackedDense):
+        return weight.dtype, weight.outputs, weight.columns
+    if isinstance(weight, PackedBlocks):
+        return tuple((part.outputs, part.columns) for part in weight.weights)
+    return None
 
 
 class PackedExperts:
@@ -24,9 +104,10 @@ class PackedExperts:
     """
 
     def __init__(self, experts: Sequence[PackedDense] | Sequence[PackedBlocks]) -> None:
+        assert are_alike(experts), "experts are held in different ways"
         first = experts[0]
+        self.library = first.library
         self.outputs, self.columns = first.outputs, first.columns
-        assert all((e.outputs, e.columns) == (self.outputs, self.columns) for e in experts)
         self._kept = tuple(experts)
         self.num_experts = len(experts)
         structures, num_parts = _structures(experts)
@@ -75,13 +156,14 @@ def _structures(
 ) -> tuple[list[ctypes.Structure], int]:
     """Every weight in turn, and how many parts an expert has; 0 if weights have no parts."""
     found: list[ctypes.Structure] = []
-    counts: set[int] = set()
+    num_parts = 0
     for expert in experts:
-        parts = [expert.weight] if isinstance(expert, PackedDense) else expert.weights
-        counts.add(0 if isinstance(expert, PackedDense) else len(parts))
-        found += parts
-    assert len(counts) == 1, "experts have equally many parts"
-    return found, counts.pop()
+        if isinstance(expert, PackedDense):
+            found.append(expert.weight)
+        else:
+            found += expert.weights
+            num_parts = len(expert.weights)
+    return found, num_parts
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -48,6 +48,8 @@ _FUNCTIONS: dict[str, tuple[tuple[type, ...], type | None]] = {
     "rms_norm": ((_POINTER,), None),
     "gate_rows": ((_POINTER,), None),
     "rotate_heads": ((_POINTER,), None),
+    "sort_choices": ((_POINTER,), None),
+    "add_answers": ((_POINTER,), None),
     "add_numbers": ((_POINTER, _POINTER, _POINTER, _INT, _INT), None),
     "replay": ((_POINTER, _INT), _INT),
     "read_memory": ((_POINTER, _INT), ctypes.c_float),
@@ -109,6 +111,8 @@ class Library:
         self.rms_norm = Function(self, "rms_norm")
         self.gate_rows = Function(self, "gate_rows")
         self.rotate_heads = Function(self, "rotate_heads")
+        self.sort_choices = Function(self, "sort_choices")
+        self.add_answers = Function(self, "add_answers")
         self.add_numbers = Function(self, "add_numbers")
         self.replay = Function(self, "replay")
         self.read_memory = Function(self, "read_memory")

@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_models.native.library import Library
 from vllm_models.native.packed import TYPES
 
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "clamped_swiglu": 2}
 
 
 class _Norm(ctypes.Structure):
@@ -30,6 +30,8 @@ class _Gate(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("x", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rows", "width", "x_stride", "type", "activation")),
+        ("alpha", ctypes.c_float),
+        ("limit", ctypes.c_float),
     )
 
 
@@ -71,19 +73,23 @@ def rms_norm(
     return out
 
 
-def gate(library: Library, gate_up: Tensor, activation: str) -> Tensor:
+def gate(
+    library: Library, gate_up: Tensor, activation: str, alpha: float = 0.0, limit: float = 0.0
+) -> Tensor:
     """activation(first half) * second half: [T, 2F] -> [T, F].
 
     Args:
         library: The kernels.
         gate_up: float32 or bfloat16; the numbers of a row are neighbours.
         activation: One of `ACTIVATIONS`.
+        alpha: Of clamped_swiglu, as in `kernels.clamped_swiglu`.
+        limit: Likewise.
     """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, width), dtype=gate_up.dtype)
     call = _Gate(
         *(out.data_ptr(), gate_up.data_ptr(), rows, width, gate_up.stride(0)),
-        *(TYPES[gate_up.dtype], ACTIVATIONS[activation]),
+        *(TYPES[gate_up.dtype], ACTIVATIONS[activation], alpha, limit),
     )
     library.gate_rows(ctypes.byref(call))
     return out

@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode,
+)
 
 from vllm_models.native.library import Function, Library
 from vllm_models.native.packed import TYPES
@@ -34,6 +38,7 @@ _PLAIN = frozenset(
         *(_aten.split_with_sizes, _aten.index, _aten.index_select, _aten.embedding, _aten.ones),
         *(_aten.copy_, _aten.mul_, _aten.add_, _aten.gelu, _aten.silu, _aten.addcmul, _aten.roll),
         *(_aten.rms_norm, _aten.linear, _aten.detach, _aten.alias, _aten.unbind),
+        *(_aten.sigmoid, _aten.clamp),
     }
 )
 
@@ -148,7 +153,7 @@ class _Operators(TorchDispatchMode):
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
-        self._tape = tape
+        self.tape = tape
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -158,18 +163,36 @@ class _Operators(TorchDispatchMode):
         if packet not in _PLAIN and packet not in _FRESH:
             raise UnrecordableError(str(func))
         if func is _aten.add.Tensor and not kwargs and isinstance(args[1], Tensor):
-            out = self._tape.add(args[0], args[1])
+            out = self.tape.add(args[0], args[1])
             if out is not None:
                 return out
         out = func(*args, **kwargs)
-        self._tape.keep(out)
+        self.tape.keep(out)
         made = [tensor for tensor in _tensors(out) if _memory(tensor) not in _memories(args)]
-        self._tape.num_bytes += sum(tensor.nbytes for tensor in made)
+        self.tape.num_bytes += sum(tensor.nbytes for tensor in made)
         if func._schema.is_mutable:
-            self._tape.repeat(lambda: func(*args, **kwargs))
+            self.tape.repeat(lambda: func(*args, **kwargs))
         elif made and packet not in _FRESH:
-            self._tape.repeat(lambda: _refill(out, func(*args, **kwargs)))
+            self.tape.repeat(lambda: _refill(out, func(*args, **kwargs)))
         return out
+
+
+def as_one(code: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Results of code that may choose; a tape that records will repeat it as a whole.
+
+    Args:
+        code: Operators of torch that read inputs of the same memory every time, none of them as
+            Python numbers, and give tensors of the same shapes; no kernels.
+    """
+    mode = _get_current_dispatch_mode()
+    if not isinstance(mode, _Operators):
+        return code()
+    with _disable_current_modes():
+        results = code()
+    mode.tape.keep(results)
+    mode.tape.num_bytes += sum(tensor.nbytes for tensor in results)
+    mode.tape.repeat(lambda: _refill(results, code()))
+    return results
 
 
 def _tensors(value: Any) -> list[Tensor]:

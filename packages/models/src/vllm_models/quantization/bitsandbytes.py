@@ -17,8 +17,10 @@ from torch import Tensor
 from vllm_traits import ModelError
 
 from vllm_models.components.linear import Linear, LinearMethod, Place
+from vllm_models.gpu.layout import Planes
 from vllm_models.json_fields import JsonFields
-from vllm_models.quantization.grouped import Grouped, check_finite
+from vllm_models.quantization.grouped import Grouped, check_finite, unpack_codes
+from vllm_models.quantization.on_gpu import grouped_planes
 from vllm_models.quantization.parts import Format, Part, one_of
 from vllm_models.weights.saved import SavedTensor
 
@@ -76,6 +78,20 @@ class TableCodes(Grouped):
             self.state: Place((self.state_bytes,), _BYTES, lambda _: None),
             **scales.places(num_scales),
         }
+
+    def fits_cpu(self, layer: Linear) -> bool:
+        """Never: codes do not stand for themselves."""
+        return False
+
+    def planes(self, layer: Linear, rows: slice) -> Planes:
+        """Some rows in the form of the GPU's kernels."""
+        return grouped_planes(
+            unpack_codes(layer.codes[rows], 4),
+            layer.scales[rows],
+            bits=4,
+            group_size=self.group_size,
+            table=self.table,
+        )
 
     def tile(self, layer: Linear, rows: slice) -> Tensor:
         """table[codes] * scales: [n, K] float32."""

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from vllm_models.components.linear import Dense, Linear, LinearMethod, Place
 from vllm_models.gguf.dequantize import dequantize
 from vllm_models.gguf.types import GgmlType, block_size, row_bytes
+from vllm_models.gpu.launch import serves
 from vllm_models.native.blocks import PackedBlocks, pack_blocks, stack
 from vllm_models.native.library import library_for_blocks
+from vllm_models.quantization.block_planes import block_planes
+from vllm_models.quantization.on_gpu import GpuSegment, keep_on_gpu
 from vllm_models.quantization.separate import Separate
 from vllm_models.quantization.tiles import Tiled
 from vllm_models.weights.saved import SavedTensor
@@ -73,8 +76,11 @@ class Blocks(Tiled):
         return {"weight": Place(shape, kinds, take)}
 
     def pack(self, layer: Linear) -> None:
-        """Repack for the CPU's kernels, if there are any."""
+        """Repack for the device's kernels, if there are any."""
         stacks = self.stacks(layer)
+        if serves(getattr(layer, stacks[0].name).device):
+            self._pack_for_gpu(layer, stacks)
+            return
         if (library := library_for_blocks(getattr(layer, stacks[0].name))) is None:
             return
         packed: list[PackedBlocks] = []
@@ -83,15 +89,12 @@ class Blocks(Tiled):
             setattr(layer, name, nn.Parameter(packed[-1].data, requires_grad=False))
         layer.keep_packed(stack(packed))
 
-    def apply(self, layer: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
-        """By the kernels, which round activations to 8 bits, or by dequantized tiles."""
-        if layer.packed is None:
-            return super().apply(layer, x, bias)
-        return layer.packed.matmul(x, bias).to(x.dtype)
-
-    def dequantize(self, layer: Linear) -> Tensor:
-        """[out, in] float32."""
-        return super().dequantize(layer) if layer.packed is None else layer.packed.dequantize()
+    def _pack_for_gpu(self, layer: Linear, stacks: Sequence[Segment]) -> None:
+        segments = [
+            GpuSegment(rows, None, block_planes(getattr(layer, name), kind, layer.in_features))
+            for name, kind, rows in stacks
+        ]
+        keep_on_gpu(layer, segments, [name for name, _, _ in stacks])
 
     def held(self, layer: Linear, part: str) -> Tensor:
         """The blocks of a part: uint8 [rows, bytes per row]."""

@@ -1,8 +1,8 @@
 """FP8 checkpoints: e4m3 weights with a scale per tensor, per row, or per block of rows and columns.
 
 Held are the codes [O, K] and scales float32 [O, K / block columns], so that stacked parts need not
-agree. Activations stay in the run-time type, also where the checkpoint has scales for them: those
-are for devices that multiply FP8, and the product without them is the more precise one.
+agree. Activations stay in the run-time type, also where the checkpoint has scales for them, except
+where a GPU multiplies FP8, which chooses scales of its own.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from vllm_traits import ModelError
 
 from vllm_models.components.linear import Linear, LinearMethod, Place
+from vllm_models.gpu.launch import serves
 from vllm_models.json_fields import JsonFields
 from vllm_models.quantization.grouped import SCALE_KINDS, check_finite
+from vllm_models.quantization.on_gpu import GpuSegment, fp8_planes, keep_on_gpu
 from vllm_models.quantization.parts import Format, Part, one_of
 from vllm_models.quantization.tiles import Tiled
 
@@ -86,6 +88,14 @@ class Fp8(Tiled):
         else:
             scales = scales.reshape(-1, 1)
         layer.scales[rows].copy_(scales)
+
+    def pack(self, layer: Linear) -> None:
+        """Reorder for the GPU's kernels, if they compute."""
+        if serves(layer.codes.device):
+            size = None if self.blocks is None else self.blocks[1]
+            planes = fp8_planes(layer.codes, layer.scales, size)
+            whole = GpuSegment(slice(0, layer.out_features), None, planes)
+            keep_on_gpu(layer, [whole], ("codes", "scales"))
 
     def tile(self, layer: Linear, rows: slice) -> Tensor:
         """codes * scales: [n, K] float32."""

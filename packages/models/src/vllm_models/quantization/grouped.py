@@ -10,7 +10,9 @@ For a weight [O, K] of `bits` 4 or 8 with groups of G columns, everything row ma
     weight[o, c] = (code[o, k] - zeros[o, k // G]) * scales[o, k // G]     with c = orders[., k]
 
 `orders` has a row per part if the parts of a layer differ. Where a format stores its bytes is the
-business of the subclasses, which fill this form while a checkpoint is read.
+business of the subclasses, which fill this form while a checkpoint is read. On a CPU with kernels,
+groups of a multiple of 32 columns, or of whole rows, are then repacked for these, with scales of 16
+bits; `orders` stays.
 """
 
 from __future__ import annotations
@@ -23,6 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from vllm_models.components.linear import Linear, Place
+from vllm_models.gpu.launch import serves
+from vllm_models.gpu.layout import Planes
+from vllm_models.native.blocks import PackedBlocks, fits_groups, keeps_scales, pack_grouped
+from vllm_models.native.library import Library, library_for_blocks
+from vllm_models.native.ordered import OrderedBlocks, Sorted
+from vllm_models.quantization.on_gpu import GpuSegment, grouped_planes, keep_on_gpu
 from vllm_models.quantization.tiles import Tiled
 
 SCALE_KINDS = frozenset({"F16", "BF16", "F32"})
@@ -111,7 +119,55 @@ class Grouped(Tiled):
         layer.groups[index].copy_(groups)
 
     def pack(self, layer: Linear) -> None:
-        """Sort the columns of every part by group, where they are not."""
+        """Sort the columns of every part by group, and reorder for the device's kernels."""
+        self._sort_columns(layer)
+        if serves(layer.codes.device):
+            self._pack_for_gpu(layer)
+        elif (library := library_for_blocks(layer.codes)) is not None and self.fits_cpu(layer):
+            self._pack_for_cpu(layer, library)
+
+    def fits_cpu(self, layer: Linear) -> bool:
+        """Whether the CPU's kernels can hold the weight."""
+        return fits_groups(layer.in_features, self.group_size) and keeps_scales(layer.scales)
+
+    def _pack_for_cpu(self, layer: Linear, library: Library) -> None:
+        weights = [
+            Sorted(self._packed(layer, library, rows), order)
+            for rows, order in self.segments(layer)
+        ]
+        for name in ("codes", "scales", "zeros") if self.has_zeros else ("codes", "scales"):
+            delattr(layer, name)
+        for index, (packed, _) in enumerate(weights):
+            setattr(layer, f"blocks_{index}", nn.Parameter(packed.data, requires_grad=False))
+        [(first, order), *others] = weights
+        layer.keep_packed(OrderedBlocks(weights) if others or order is not None else first)
+
+    def _packed(self, layer: Linear, library: Library, rows: slice) -> PackedBlocks:
+        scales = layer.scales[rows]
+        middle = torch.tensor(1 << (self.bits - 1), dtype=torch.uint8)
+        zeros = layer.zeros[rows] if self.has_zeros else middle.expand_as(scales)
+        codes = unpack_codes(layer.codes[rows], self.bits)
+        return pack_grouped(library, codes, scales, zeros, self.bits)
+
+    def _pack_for_gpu(self, layer: Linear) -> None:
+        segments = [
+            GpuSegment(rows, order, self.planes(layer, rows))
+            for rows, order in self.segments(layer)
+        ]
+        names = ("codes", "scales", "zeros") if self.has_zeros else ("codes", "scales")
+        keep_on_gpu(layer, segments, names)
+
+    def planes(self, layer: Linear, rows: slice) -> Planes:
+        """Some rows in the form of the GPU's kernels."""
+        return grouped_planes(
+            unpack_codes(layer.codes[rows], self.bits),
+            layer.scales[rows],
+            layer.zeros[rows] if self.has_zeros else None,
+            bits=self.bits,
+            group_size=self.group_size,
+        )
+
+    def _sort_columns(self, layer: Linear) -> None:
         if not self.has_order:
             return
         orders = layer.groups.argsort(dim=-1, stable=True)

@@ -39,6 +39,11 @@ class _PartAlone:
         """Multiply with the CPU's kernels from now on."""
         self.packed = packed
 
+    @property
+    def fixed_order(self) -> bool:
+        """The layer's."""
+        return self._layer.fixed_order
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._layer, self._prefix + name, _ABSENT)
         if found is _ABSENT and name != "packed":

@@ -31,7 +31,9 @@ class Tiled(LinearMethod):
         yield slice(0, layer.out_features), None
 
     def apply(self, layer: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
-        """[T, K] -> [T, O], in the element type of x."""
+        """[T, K] -> [T, O] in the element type of x, by the device's kernels if packed for them."""
+        if layer.packed is not None:
+            return layer.packed.matmul(x, bias).to(x.dtype)
         out = x.new_empty(len(x), layer.out_features)
         for rows, order in self.segments(layer):
             ordered = x if order is None else x[:, order]
@@ -42,11 +44,19 @@ class Tiled(LinearMethod):
 
     def dequantize(self, layer: Linear) -> Tensor:
         """[O, K] float32, columns as in the checkpoint."""
+        if layer.packed is not None:
+            return layer.packed.dequantize()
         parts: list[Tensor] = []
         for rows, order in self.segments(layer):
             held = self.tile(layer, rows)
             parts.append(held if order is None else held[:, order.argsort()])
         return torch.cat(parts)
+
+    def gather(self, layer: Linear, rows: Tensor) -> Tensor:
+        """Some rows: [T] -> [T, K] float32."""
+        if layer.packed is not None:
+            return layer.packed.gather(rows)
+        return super().gather(layer, rows)
 
 
 def _tiles(rows: slice, columns: int) -> Iterator[slice]:

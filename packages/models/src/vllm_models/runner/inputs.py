@@ -127,6 +127,6 @@ def token_ids_and_context(
 
 
 def _prepare(spans: Sequence[Span], rows: Rows, kv: KVPool, window: int) -> Prepared | Spans:
-    if kv.is_native:
+    if kv.layout == "native":
         return prepare_native(spans, rows.tables, window)
     return prepare(spans, rows.tables, rows.block_size, kv.dtype, window)

@@ -6,64 +6,66 @@ A sequence has one block table, and a block is the same row in the tensors of ev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from vllm_traits import DeviceError, KVGroup
 
 from vllm_models.components.context import LayerKV
+from vllm_models.gpu.launch import serves
+from vllm_models.kernels.kv_side import KVSide
 from vllm_models.native.attention import block_shapes as native_shapes
 from vllm_models.native.attention import fits
 from vllm_models.native.library import library
 from vllm_models.native.packed import zeros_of
+
+Layout = Literal["torch", "native", "triton"]
 
 
 class KVPool(NamedTuple):
     """KV memory of all layers.
 
     Attributes:
-        groups: Keys [L, B + 1, P, K, D] and values [L, B + 1, P, K, W] of each group, or a block
-            in the order of the CPU's kernels; the last block stays zero and pads tables. Without
-            values, the keys stand in their place.
+        groups: Keys and values of each group, with L layers and B + 1 blocks before the dimensions
+            of `KVSide`; the last block pads tables. Without values, the keys stand in their place.
         layers: Keys and values of every layer: views into the groups.
         windows: Of every layer: positions a query looks back; 0 is all.
         block_size: Positions per block.
-        is_native: Blocks are in the order of the CPU's kernels.
+        layout: Whose order the numbers of a block are in.
     """
 
-    groups: tuple[tuple[Tensor, Tensor], ...]
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    groups: tuple[tuple[KVSide, KVSide], ...]
+    layers: tuple[tuple[KVSide, KVSide], ...]
     windows: tuple[int, ...]
     block_size: int
-    is_native: bool
+    layout: Layout
 
     @property
     def num_blocks(self) -> int:
         """Blocks that sequences may use."""
-        return self.groups[0][0].shape[1] - 1
+        return self.groups[0][0].data.shape[1] - 1
 
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
-        return self.groups[0][0].device
+        return self.groups[0][0].data.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Element type."""
-        return self.groups[0][0].dtype
+        return self.groups[0][0].data.dtype
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Everything that is kept of blocks, [L, B + 1, ...] each."""
-        found = (side for group in self.groups for side in group)
+        found = (t for group in self.groups for side in group for t in side if t is not None)
         return tuple({tensor.data_ptr(): tensor for tensor in found}.values())
 
     def wipe(self, blocks: list[int]) -> None:
         """Set blocks to zero in all layers."""
-        for keys, values in self.groups:
-            keys[:, blocks] = 0
-            values[:, blocks] = 0
+        for tensor in self.tensors:
+            tensor[:, blocks] = 0
 
 
 def kv_groups(
@@ -111,26 +113,27 @@ def allocate_kv(
         DeviceError: It does not fit.
     """
     groups = kv_groups(layers, block_size, dtype)
-    is_native = _is_native(groups, block_size, dtype, device)
-    tensors: list[tuple[Tensor, Tensor]] = []
-    own: dict[int, tuple[Tensor, Tensor]] = {}
+    layout = _layout(groups, block_size, dtype, device)
+    sides: list[tuple[KVSide, KVSide]] = []
+    own: dict[int, tuple[KVSide, KVSide]] = {}
     try:
         for group in groups:
-            shapes = block_shapes(group, block_size, dtype, is_native)
+            shapes = block_shapes(group, block_size, dtype, layout)
             count = (len(group.layers), num_blocks + 1)
-            keys = _zeros((*count, *shapes[0]), dtype, device)
+            keys = KVSide(_zeros((*count, *shapes[0]), dtype, device))
             values = keys
             if group.value_dim:
-                values = _zeros((*count, *shapes[1]), dtype, device)
-            tensors.append((keys, values))
-            own |= zip(group.layers, zip(keys, values, strict=True), strict=True)
+                values = KVSide(_zeros((*count, *shapes[1]), dtype, device))
+            sides.append((keys, values))
+            for index, layer in enumerate(group.layers):
+                own[layer] = (keys.of(index), values.of(index))
     except (RuntimeError, OSError, OverflowError) as error:
         wanted = num_blocks * sum(group.bytes_per_block for group in groups)
         raise DeviceError(f"{wanted} bytes for {num_blocks} KV blocks do not fit.") from error
     sources = (index if x.shared_with is None else x.shared_with for index, x in enumerate(layers))
     windows = tuple(layer.window for layer in layers)
     views = tuple(own[source] for source in sources)
-    return KVPool(tuple(tensors), views, windows, block_size, is_native)
+    return KVPool(tuple(sides), views, windows, block_size, layout)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -140,20 +143,25 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _is_native(
+def _layout(
     groups: Sequence[KVGroup], block_size: int, dtype: torch.dtype, device: torch.device
-) -> bool:
-    """Whether the CPU's kernels are there and can serve every group."""
+) -> Layout:
+    """Triton's or the CPU kernels' own, where they are there and can serve every group."""
+    if serves(device):
+        return "triton"
     if device.type != "cpu" or library() is None:
-        return False
-    return all(fits(block_size, group.key_dim, group.value_dim, dtype) for group in groups)
+        return "torch"
+    served = (fits(block_size, group.key_dim, group.value_dim, dtype) for group in groups)
+    return "native" if all(served) else "torch"
 
 
 def block_shapes(
-    group: KVGroup, block_size: int, dtype: torch.dtype, is_native: bool
+    group: KVGroup, block_size: int, dtype: torch.dtype, layout: Layout
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the keys and of the values of one block of a layer."""
-    if is_native:
+    if layout == "native":
         return native_shapes(block_size, group.num_kv_heads, group.key_dim, group.value_dim, dtype)
     shape = (block_size, group.num_kv_heads)
+    if layout == "triton":
+        shape = (group.num_kv_heads, block_size)
     return (*shape, group.key_dim), (*shape, group.value_dim)

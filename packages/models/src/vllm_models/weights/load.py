@@ -18,6 +18,7 @@ from torch import nn
 from vllm_traits import DeviceError, ModelError
 
 from vllm_models.components.decoder import Decoder
+from vllm_models.components.experts import Experts
 from vllm_models.components.linear import Linear, LinearMethod, Place
 from vllm_models.config import ModelConfig
 from vllm_models.native.packed import zeros_of
@@ -168,10 +169,35 @@ class _Progress:
 
 @dataclass
 class _Owner:
-    """A module whose own tensors arrive one by one."""
+    """A module whose own tensors arrive one by one, perhaps a layer of an expert."""
 
     module: nn.Module
+    experts: _Collection | None = None
     left: set[str] = field(default_factory=set)
+
+    def take(self, name: str) -> None:
+        """One of its tensors is there; pack the module if it was the last."""
+        self.left.discard(name)
+        if self.left or not isinstance(self.module, Linear):
+            return
+        self.module.method.pack(self.module)
+        if self.experts is not None:
+            self.experts.take(self.module)
+
+
+@dataclass
+class _Collection:
+    """Experts of which the linear layers are packed one by one."""
+
+    experts: Experts
+    left: set[Linear]
+
+    def take(self, layer: Linear) -> None:
+        """Pack all experts if a layer was the last."""
+        if layer in self.left:
+            self.left.discard(layer)
+            if not self.left:
+                self.experts.pack()
 
 
 class _Filling:
@@ -180,8 +206,9 @@ class _Filling:
     def __init__(self, model: Decoder) -> None:
         self._model = model
         self._places: dict[str, tuple[_Owner, Place]] = {}
+        collections = _collections(model)
         for path, module in model.named_modules():
-            owner = _Owner(module)
+            owner = _Owner(module, collections.get(module))
             for name, place in _places(path, module):
                 self._places[name] = (owner, place)
 
@@ -216,14 +243,22 @@ class _Filling:
             place.take(tensor.read())
         except ValueError as error:
             raise ModelError(f"{tensor.source}: {tensor.name} {error}. {_ADVICE}") from error
-        owner.left.discard(name)
-        if not owner.left and isinstance(owner.module, Linear):
-            owner.module.method.pack(owner.module)
+        owner.take(name)
 
     def _spelled(self, name: str) -> str:
         """Checkpoints of embedding models leave out the prefix of the body."""
         known = name in self._places or f"model.{name}" not in self._places
         return name if known else f"model.{name}"
+
+
+def _collections(model: nn.Module) -> dict[nn.Module, _Collection]:
+    """Of every linear layer of an expert."""
+    found: dict[nn.Module, _Collection] = {}
+    for module in model.modules():
+        if isinstance(module, Experts):
+            layers = {layer for layer in module.modules() if isinstance(layer, Linear)}
+            found |= dict.fromkeys(layers, _Collection(module, layers))
+    return found
 
 
 def _places(path: str, module: nn.Module) -> Iterator[tuple[str, Place]]:

@@ -1,0 +1,55 @@
+"""Random numbers in a kernel: the hash of seed, position and token id that the CPU's sampler has.
+
+    key       = mix(mix(seed) + position * 0x9E3779B97F4A7C15)         64 bits, two halves
+    x         = hash(token id, key)                                    31 bits
+    u         = x / 2^31 + 2^-32, at most 1 - 2^-24
+    noise     = -log(1 - u), exponentially distributed
+
+Every integer is the CPU's to the bit; the logarithms may differ in the last places.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def mix(x):
+    """Spread the bits of an unsigned 64-bit integer over all of it, one to one."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def key_of(low, high, position):
+    """The key of one draw from the halves of a seed and a position, all int32."""
+    seed = (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low.to(
+        tl.uint32, bitcast=True
+    ).to(tl.uint64)
+    return mix(mix(seed) + position.to(tl.uint64) * 0x9E3779B97F4A7C15)
+
+
+@triton.jit
+def log_exponential(key, token_ids):
+    """Logarithm of an exponential draw for each token id (int32)."""
+    x = token_ids.to(tl.uint32) * 0x9E3779B1 + key.to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = ((x ^ (x >> 15)) ^ (key >> 32).to(tl.uint32)) * 0xD35A2D97
+    x = (x ^ (x >> 15)) & 0x7FFFFFFF
+    u = x.to(tl.int32).to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10
+    u = tl.minimum(u, 0.99999994)
+    return tl.log(minus_log1p(u))
+
+
+@triton.jit
+def minus_log1p(u):
+    """-log(1 - u) for u in (0, 1), as exact for the small u that win as for the others."""
+    series = u * 0.14285714285714285 + 0.16666666666666666
+    series = series * u + 0.2
+    series = series * u + 0.25
+    series = series * u + 0.3333333333333333
+    series = series * u + 0.5
+    series = series * u + 1.0
+    return tl.where(u < 0.1, u * series, -tl.log(1.0 - u))

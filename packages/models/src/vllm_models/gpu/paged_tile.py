@@ -1,0 +1,217 @@
+"""What decode and prefill attention share: a tile of keys and values, and the sums over tiles.
+
+Rows m of queries see the positions low[m] <= p < high[m]. With scores in powers of two,
+
+    s = q k^T * scale * log2(e)     m = max s     total = sum 2^(s - m)     acc = sum 2^(s - m) v
+
+A head is read in two parts, the largest power of two and what is left: 576 = 512 + 64.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+NOTHING = -1.0e30  # a maximum below all scores, and still a number
+_TO_BF16 = tl.constexpr(2.0**120)
+
+
+@triton.jit
+def tile_rows(
+    table, first, end, head, NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
+):
+    """Places of TILE positions in the KV seen as [B * K * P, D]; `first` is a multiple of TILE."""
+    offsets = tl.arange(0, TILE)
+    if BLOCK_SIZE % TILE == 0:
+        block = tl.load(table + first // BLOCK_SIZE).to(tl.int64)
+        inside = first % BLOCK_SIZE + offsets
+    else:
+        blocks = table + (first + offsets) // BLOCK_SIZE
+        block = tl.load(blocks, mask=first + offsets < end, other=0).to(tl.int64)
+        inside = (first + offsets) % BLOCK_SIZE
+    return (block * NUM_KV_HEADS + head) * BLOCK_SIZE + inside
+
+
+@triton.jit
+def load_part(
+    data,
+    rows,
+    there,
+    STRIDE: tl.constexpr,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Columns FIRST .. FIRST + SIZE of some rows, of which a head has WIDTH."""
+    columns = FIRST + tl.arange(0, SIZE)
+    pointers = data + rows[:, None] * STRIDE + columns[None, :]
+    if FIRST + SIZE > WIDTH:
+        return tl.load(pointers, mask=there[:, None] & (columns < WIDTH)[None, :], other=0)
+    if MASKED:
+        return tl.load(pointers, mask=there[:, None], other=0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def as_element(numbers, ELEMENT: tl.constexpr):
+    """Numbers of the KV in the type of the queries; bytes are those of float8_e4m3fn.
+
+    As bfloat16 the seven lower bits are a number 2^120 times too small.
+    """
+    if numbers.dtype == tl.uint8:
+        wide = numbers.to(tl.int16)
+        bits = ((wide & 0x80) << 8) | ((wide & 0x7F) << 4)
+        return (bits.to(tl.bfloat16, bitcast=True) * _TO_BF16).to(ELEMENT)
+    return numbers.to(ELEMENT)
+
+
+@triton.jit
+def scaled(products, key_scales, rows, there, scale, soft_cap, HAS_CAP: tl.constexpr):
+    """Scores from products of queries and keys."""
+    if key_scales is not None:
+        products = products * tl.load(key_scales + rows, mask=there, other=0.0)[None, :]
+    if HAS_CAP:
+        # `scale` is that of the hyperbolic tangent: 2 log2(e) / cap times that of the scores.
+        return soft_cap * (1.0 - 2.0 / (tl.exp2(products * scale) + 1.0))
+    return products * scale
+
+
+@triton.jit
+def attend_tile(
+    acc,
+    acc_rest,
+    largest,
+    total,
+    q,
+    q_rest,
+    keys,
+    key_scales,
+    values,
+    value_scales,
+    table,
+    first,
+    end,
+    low,
+    high,
+    head,
+    scale,
+    soft_cap,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    IS_SHARED: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    VALUE_MAIN: tl.constexpr,
+    VALUE_REST: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add the positions first .. first + TILE, which are read up to `end`."""
+    element: tl.constexpr = q.dtype
+    rows = tile_rows(table, first, end, head, NUM_KV_HEADS, BLOCK_SIZE, TILE)
+    positions = first + tl.arange(0, TILE)
+    there = positions < end
+    k = as_element(load_part(keys, rows, there, DIM, 0, MAIN, DIM, MASKED), element)
+    products = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if REST > 0:
+        k_rest = as_element(load_part(keys, rows, there, DIM, MAIN, REST, DIM, MASKED), element)
+        products = tl.dot(q_rest, tl.trans(k_rest), products, input_precision="ieee")
+    scores = scaled(products, key_scales, rows, there, scale, soft_cap, HAS_CAP)
+    if MASKED:
+        seen = positions[None, :] < high[:, None]
+        if HAS_WINDOW:
+            seen &= positions[None, :] >= low[:, None]
+        scores = tl.where(seen, scores, float("-inf"))
+    above = tl.maximum(largest, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - above[:, None])
+    shrink = tl.exp2(largest - above)
+    total = total * shrink + tl.sum(weights, axis=1)
+    acc = acc * shrink[:, None]
+    if value_scales is not None:
+        weights = weights * tl.load(value_scales + rows, mask=there, other=0.0)[None, :]
+    weights = weights.to(element)
+    if IS_SHARED and VALUE_MAIN == MAIN:
+        v = k
+    else:
+        v = load_part(values, rows, there, VALUE_STRIDE, 0, VALUE_MAIN, VALUE_DIM, MASKED)
+        v = as_element(v, element)
+    acc = tl.dot(weights, v, acc, input_precision="ieee")
+    if VALUE_REST > 0:
+        v_rest = load_part(
+            values, rows, there, VALUE_STRIDE, VALUE_MAIN, VALUE_REST, VALUE_DIM, MASKED
+        )
+        acc_rest = acc_rest * shrink[:, None]
+        acc_rest = tl.dot(weights, as_element(v_rest, element), acc_rest, input_precision="ieee")
+    return acc, acc_rest, above, total
+
+
+@triton.jit
+def with_sink(acc, acc_rest, largest, total, sinks, heads, there):
+    """A score of nothing beside the others."""
+    if sinks is not None:
+        sink = tl.load(sinks + heads, mask=there, other=0.0).to(tl.float32) * 1.4426950408889634
+        above = tl.maximum(largest, sink)
+        shrink = tl.exp2(largest - above)
+        total = total * shrink + tl.exp2(sink - above)
+        acc, acc_rest = acc * shrink[:, None], acc_rest * shrink[:, None]
+    return acc, acc_rest, total
+
+
+@triton.jit
+def store_part(
+    out, places, there, part, STRIDE: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr
+):
+    """Put [M, ...] into columns FIRST .. of rows that have STRIDE of them."""
+    columns = FIRST + tl.arange(0, SIZE)
+    mask = there[:, None] & (columns < STRIDE)[None, :]
+    tl.store(out + places[:, None] * STRIDE + columns[None, :], part, mask=mask)
+
+
+def parts_of(width: int) -> tuple[int, int]:
+    """The largest power of two within a width, and one that holds what is left (0 or >= 16)."""
+    main = 1 << (width.bit_length() - 1)
+    rest = width - main
+    return main, max(16, triton.next_power_of_2(rest)) if rest else 0
+
+
+def factors(scale: float, soft_cap: float) -> tuple[float, float]:
+    """The scale and the cap of `scaled`, for scores in powers of two."""
+    if soft_cap:
+        return 2 * LOG2_E * scale / soft_cap, soft_cap * LOG2_E
+    return scale * LOG2_E, 0.0
+
+
+def as_stored(data: Tensor) -> Tensor:
+    """The same for a kernel: float8 numbers as bytes, which every device can read."""
+    return data.view(torch.uint8) if data.dtype == torch.float8_e4m3fn else data
+
+
+def sizes(keys: Tensor, values: Tensor) -> dict[str, int | bool]:
+    """What kernels know of the KV: keys [B, K, P, D], values [B, K, P, W], maybe parts of them."""
+    _, num_kv_heads, block_size, dim = keys.shape
+    value_dim, is_shared = values.shape[3], values.data_ptr() == keys.data_ptr()
+    return dims(num_kv_heads, block_size, dim, value_dim, is_shared)
+
+
+def dims(
+    num_kv_heads: int, block_size: int, dim: int, value_dim: int, is_shared: bool
+) -> dict[str, int | bool]:
+    """The same from numbers."""
+    (main, rest), (value_main, value_rest) = parts_of(dim), parts_of(value_dim)
+    return {
+        "IS_SHARED": is_shared,
+        "NUM_KV_HEADS": num_kv_heads,
+        "BLOCK_SIZE": block_size,
+        **{"DIM": dim, "MAIN": main, "REST": rest},
+        **{"VALUE_DIM": value_dim, "VALUE_STRIDE": dim if is_shared else value_dim},
+        **{"VALUE_MAIN": value_main, "VALUE_REST": value_rest},
+    }

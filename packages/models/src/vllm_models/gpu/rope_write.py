@@ -1,0 +1,340 @@
+"""Rotary positions of queries and keys, each head after an optional norm, and what becomes of them:
+
+    q, k = rope(norm(q)), rope(norm(k));   k and v go to the KV blocks, q is returned
+
+in one kernel, which rounds where the three alone would: after the norm, and after the rotation.
+q [T, H, D], k [T, K, D], v [T, K, W]; cos and sin [T, 1, R]: the first R numbers of a head turn in
+pairs of neighbours or of halves: y = x * cos + other * sin, sin negated for the first of a pair.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_models.gpu import rms_norm
+from vllm_models.gpu.kv_write import (
+    LIMITS,
+    heads_per_program,
+    heads_together,
+    store_heads,
+    warps,
+    write_heads,
+)
+from vllm_models.gpu.launch import Variant
+from vllm_models.gpu.rms_norm import inverse_rms, scaled
+
+Norm = tuple[Tensor, float, float]  # weight [D], epsilon, offset of the weight
+_NO_NORM = (None, 0.0, 0.0)
+
+
+@triton.jit
+def turned_heads(
+    heads,
+    there,
+    cos,
+    sin,
+    weight,
+    eps,
+    OFFSET: tl.constexpr,
+    DIM: tl.constexpr,
+    TURNED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    RUN: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Heads [N, TILE] of a token from where `heads` points, rotated, in their own type."""
+    columns = tl.arange(0, TILE)
+    turns, is_in = columns < TURNED, columns < DIM
+    numbers = tl.load(heads[:, None] + columns[None, :], mask=there[:, None] & is_in, other=0.0)
+    wide = numbers.to(tl.float32)
+    inverse = 1.0
+    if weight is not None:
+        inverse = inverse_rms(wide, eps, DIM)
+        wide = scaled(wide, inverse, weight, columns, is_in, OFFSET)
+        wide = wide.to(numbers.dtype).to(tl.float32)
+    if INTERLEAVED:
+        first, second = tl.split(tl.reshape(wide, (wide.shape[0], TILE // 2, 2)))
+        other = tl.reshape(tl.join(second, first), wide.shape)
+    else:
+        across = tl.where(columns < TURNED // 2, columns + TURNED // 2, columns - TURNED // 2)
+        across = tl.max_contiguous(tl.multiple_of(across, RUN), RUN)
+        other = tl.load(heads[:, None] + across[None, :], mask=there[:, None] & turns, other=0.0)
+        other = other.to(tl.float32)
+        if weight is not None:
+            other = scaled(other, inverse, weight, across, turns, OFFSET)
+            other = other.to(numbers.dtype).to(tl.float32)
+    cosine = tl.load(cos + columns, mask=turns, other=1.0).to(tl.float32)
+    sine = tl.load(sin + columns, mask=turns, other=0.0).to(tl.float32)
+    return (wide * cosine + other * sine).to(numbers.dtype)
+
+
+@triton.jit
+def _rope_kernel(
+    out,
+    x,
+    cos,
+    sin,
+    weight,
+    eps,
+    stride,
+    NUM_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    DIM: tl.constexpr,
+    TURNED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    RUN: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    there = heads < NUM_HEADS
+    turned = turned_heads(
+        x + token * stride + heads * DIM,
+        there,
+        cos + token * TURNED,
+        sin + token * TURNED,
+        weight,
+        eps,
+        OFFSET,
+        DIM,
+        TURNED,
+        INTERLEAVED,
+        RUN,
+        TILE,
+    )
+    columns = tl.arange(0, TILE)
+    place = (token * NUM_HEADS + heads)[:, None] * DIM + columns[None, :]
+    tl.store(out + place, turned, mask=there[:, None] & (columns < DIM)[None, :])
+
+
+@triton.jit
+def _rope_write_kernel(
+    out,
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    q_weight,
+    k_weight,
+    q_eps,
+    k_eps,
+    keys,
+    key_scales,
+    values,
+    value_scales,
+    slots,
+    q_stride,
+    k_stride,
+    v_stride,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    HEADS: tl.constexpr,
+    Q_OFFSET: tl.constexpr,
+    K_OFFSET: tl.constexpr,
+    DIM: tl.constexpr,
+    TURNED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    RUN: tl.constexpr,
+    TILE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    q_programs: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
+    program = tl.program_id(1)
+    columns = tl.arange(0, TILE)
+    cos += token * TURNED
+    sin += token * TURNED
+    if program < q_programs:
+        heads = program * HEADS + tl.arange(0, HEADS)
+        there = heads < NUM_HEADS
+        turned = turned_heads(
+            q + token * q_stride + heads * DIM,
+            there,
+            cos,
+            sin,
+            q_weight,
+            q_eps,
+            Q_OFFSET,
+            DIM,
+            TURNED,
+            INTERLEAVED,
+            RUN,
+            TILE,
+        )
+        place = (token * NUM_HEADS + heads)[:, None] * DIM + columns[None, :]
+        tl.store(out + place, turned, mask=there[:, None] & (columns < DIM)[None, :])
+    else:
+        heads = (program - q_programs) * HEADS + tl.arange(0, HEADS)
+        there = heads < NUM_KV_HEADS
+        slot = tl.load(slots + token).to(tl.int64)
+        block, position = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+        row = (block * NUM_KV_HEADS + heads) * BLOCK_SIZE + position
+        turned = turned_heads(
+            k + token * k_stride + heads * DIM,
+            there,
+            cos,
+            sin,
+            k_weight,
+            k_eps,
+            K_OFFSET,
+            DIM,
+            TURNED,
+            INTERLEAVED,
+            RUN,
+            TILE,
+        )
+        store_heads(turned, there, keys, key_scales, row, DIM, LIMIT, TILE)
+        source = v + token * v_stride + heads * VALUE_DIM
+        write_heads(source, there, values, value_scales, row, VALUE_DIM, LIMIT, VALUE_TILE)
+
+
+def rope(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, norm: Norm | None = None
+) -> Tensor:
+    """Rotate all heads of all tokens: [T, H, D] -> [T, H, D], contiguous.
+
+    Args:
+        x: Tokens may be apart.
+        cos: [T, 1, R] contiguous.
+        sin: Like cos.
+        interleaved: Pairs are neighbours, not halves.
+        norm: Of each head before: weight, epsilon, and the offset of the weight.
+    """
+    x = heads_together(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    weight, eps, offset = norm or _NO_NORM
+    num_tokens, num_heads, dim = x.shape
+    turn = _turn(dim, cos, interleaved)
+    heads = heads_per_program(num_heads, turn["TILE"])
+    _rope_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
+        *(out, x, cos, sin, weight, eps, x.stride(0)),
+        NUM_HEADS=num_heads,
+        HEADS=heads,
+        OFFSET=offset,
+        **turn,
+        num_warps=warps(heads * turn["TILE"]),
+    )
+    return out
+
+
+def rope_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: tuple[Tensor, Tensor, bool],
+    norms: tuple[Norm | None, Norm | None],
+    keys: tuple[Tensor, Tensor | None],
+    values: tuple[Tensor, Tensor | None],
+    slots: Tensor,
+) -> Tensor:
+    """Rotate queries and keys, write keys and values; returns queries [T, H, D].
+
+    Args:
+        q: [T, H, D]; tokens may be apart.
+        k: [T, K, D], likewise.
+        v: [T, K, W], likewise.
+        rotation: Cosine and sine [T, 1, R], contiguous, and whether pairs are neighbours.
+        norms: Of query heads and of key heads before.
+        keys: [B, K, P, D], and scales [B, K, P] if they have eight bits.
+        values: [B, K, P, W], and scales, of the same type.
+        slots: [T] integers.
+    """
+    (cos, sin, interleaved), (q, k, v) = rotation, (heads_together(x) for x in (q, k, v))
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    (num_tokens, num_heads, dim), (num_kv_heads, value_dim) = q.shape, v.shape[1:]
+    q_norm, k_norm = (norm or _NO_NORM for norm in norms)
+    turn, value_tile = _turn(dim, cos, interleaved), triton.next_power_of_2(value_dim)
+    tile = max(turn["TILE"], value_tile)
+    heads = heads_per_program(num_heads, tile)
+    programs = triton.cdiv(num_heads, heads) + triton.cdiv(num_kv_heads, heads)
+    _rope_write_kernel[(num_tokens, programs)](
+        *(out, q, k, v, cos, sin, q_norm[0], k_norm[0], q_norm[1], k_norm[1]),
+        *(*keys, *values, slots, q.stride(0), k.stride(0), v.stride(0)),
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        VALUE_DIM=value_dim,
+        BLOCK_SIZE=keys[0].shape[2],
+        LIMIT=LIMITS.get(keys[0].dtype, 1.0),
+        HEADS=heads,
+        Q_OFFSET=q_norm[2],
+        K_OFFSET=k_norm[2],
+        **turn,
+        VALUE_TILE=value_tile,
+        num_warps=warps(heads * tile),
+    )
+    return out
+
+
+def _turn(dim: int, cos: Tensor, interleaved: bool) -> dict[str, int]:
+    """The constants of a rotation."""
+    turned = cos.shape[-1]
+    return {
+        "DIM": dim,
+        "TURNED": turned,
+        "INTERLEAVED": interleaved,
+        "RUN": math.gcd(turned // 2, 8),  # neighbours whose other halves are neighbours as well
+        "TILE": triton.next_power_of_2(dim),
+    }
+
+
+def reference(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, norm: Norm | None = None
+) -> Tensor:
+    """`rope` in plain torch."""
+    if norm is not None:
+        x = rms_norm.reference(x, *norm)
+    width = cos.shape[-1]
+    turns = x[..., :width].float()
+    if interleaved:
+        other = turns.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        other = turns.roll(width // 2, dims=-1)
+    out = (turns * cos.float() + other * sin.float()).to(x.dtype)
+    return torch.cat((out, x[..., width:]), dim=-1)
+
+
+def variants() -> tuple[Variant, ...]:
+    """Qwen3-0.6B, Qwen3-30B-A3B (both with norms), and Llama-3.1-8B."""
+    return (
+        _variant("qwen3-0.6b", 16, 8, 128, has_norm=True),
+        _variant("qwen3-30b-a3b", 32, 4, 128, has_norm=True),
+        _variant("qwen3-0.6b", 16, 8, 128, has_norm=True, pool="i8"),
+        _variant("llama-3.1-8b", 32, 8, 128, has_norm=False),
+        _variant("llama-3.1-8b", 32, 8, 128, has_norm=False, pool="i8"),
+    )
+
+
+def _variant(
+    name: str, num_heads: int, num_kv_heads: int, dim: int, has_norm: bool, pool: str = "bf16"
+) -> Variant:
+    signature = {
+        **dict.fromkeys(("out", "q", "k", "v", "cos", "sin", "q_weight", "k_weight"), "*bf16"),
+        **dict.fromkeys(("q_eps", "k_eps"), "fp32"),
+        **dict.fromkeys(("keys", "values"), f"*{pool}"),
+        **dict.fromkeys(("key_scales", "value_scales"), "*fp32"),
+        "slots": "*i64",
+        **dict.fromkeys(("q_stride", "k_stride", "v_stride"), "i32"),
+    }
+    absent = [] if has_norm else ["q_weight", "k_weight"]
+    absent += ["key_scales", "value_scales"] if pool == "bf16" else []
+    heads = heads_per_program(num_heads, dim)
+    sizes = {"NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "VALUE_DIM": dim, "DIM": dim}
+    tiles = {"HEADS": heads, "RUN": 8, "TILE": dim, "VALUE_TILE": dim, "BLOCK_SIZE": 64}
+    rest = {"LIMIT": 127.0, "Q_OFFSET": 0.0, "K_OFFSET": 0.0, "TURNED": dim, "INTERLEAVED": False}
+    return Variant(
+        f"rope_write-{pool}-{name}",
+        _rope_write_kernel,
+        {argument: kind for argument, kind in signature.items() if argument not in absent},
+        {**sizes, **tiles, **rest, **dict.fromkeys(absent)},
+        num_warps=warps(heads * dim),
+    )
