@@ -68,6 +68,7 @@ class Rows:
         vocab_size: int,
         eos_token_ids: frozenset[int],
     ) -> None:
+        self.max_sequences = max_sequences
         self.block_size = kv.block_size
         self.sentinel = kv.num_blocks
         self.capacity = max_model_len + LATE_POSITIONS
@@ -104,7 +105,7 @@ class Rows:
 
     def _start(self, start: Start) -> None:
         if start.seq_id in self._rows or not self._free:
-            held = f"{len(self._rows)} of {len(self.tokens)} rows are taken"
+            held = f"{len(self._rows)} of {self.max_sequences} rows are taken"
             raise BackendError(f"Sequence {start.seq_id} cannot start: {held}.")
         length = len(start.token_ids)
         row = Row(

@@ -37,11 +37,29 @@ class Scored(NamedTuple):
     positions: Tensor
 
 
-class _Bucket(NamedTuple):
-    """The captured pieces of one number of rows."""
+class _Bucket:
+    """The captured pieces of one number of rows.
 
-    forward: Callable[[], Scored]
-    sample: Callable[[], Winners]
+    Args:
+        score: From the state to the logits.
+        choose: From what `score` left to the next tokens.
+        capture: How a piece is repeated.
+
+    Attributes:
+        scored: What the first piece left last.
+    """
+
+    def __init__(
+        self, score: Callable[[], Scored], choose: Callable[[Scored], Winners], capture: Capture
+    ) -> None:
+        self._score = capture(score)
+        self.scored = self._score()
+        self.sample = capture(lambda: choose(self.scored))
+
+    def forward(self) -> Scored:
+        """The first piece; `sample` is the second."""
+        self.scored = self._score()
+        return self.scored
 
 
 def bucket_sizes(max_sequences: int) -> tuple[int, ...]:
@@ -124,17 +142,15 @@ class DecodeSteps:
     def _make(self, size: int, capture: Capture) -> _Bucket:
         rows, first, advance = (each[:size] for each in self._state)
         sequences = Sequences(rows, first, self._order[: size + 1], self._order[:size])
-        forward = capture(lambda: self._score(sequences))
-        scored = forward()
 
-        def choose() -> Winners:
+        def choose(scored: Scored) -> Winners:
             winners = sample(scored.logits, rows, scored.positions, self._rows.sampling)
             keep_sampled(
                 self._rows.tokens, rows, scored.positions, winners.token_ids, first, advance
             )
             return winners
 
-        return _Bucket(forward, capture(choose))
+        return _Bucket(lambda: self._score(sequences), choose, capture)
 
     def _score(self, sequences: Sequences) -> Scored:
         token_ids, ctx, lengths = token_ids_and_context(

@@ -42,7 +42,7 @@ class Sampling:
         """Sample and note in `launched` what is to be read.
 
         Args:
-            logits: [N, V]; changed in place.
+            logits: [N, V].
             targets: What is sampled in each row.
             where: The same on the device.
             masks: Allowed ids of some sequences, as bits.
@@ -53,7 +53,7 @@ class Sampling:
             [sent] = self._upload.send([np.array([i for i, _ in asked], dtype=np.int32)])
             places = sent.long()
             reported = logits[places].float()  # before any change
-        self._edit(logits, targets, where, masks)
+        logits = self._edited_logits(logits, targets, where, masks)
         winners = sample(logits, where.rows, where.positions, self._rows.sampling)
         launched.token_ids, launched.best = winners
         if asked:
@@ -63,22 +63,23 @@ class Sampling:
             ids = [target.seq_id for _, target in asked]
             launched.logprobs.append(Asked(ids, num_top, (chosen, *scores)))
 
-    def _edit(
+    def _edited_logits(
         self,
         logits: Tensor,
         targets: Sequence[Target],
         where: Targets,
         masks: Mapping[int, bytes],
-    ) -> None:
+    ) -> Tensor:
         edited = [(i, t.row.index, t.row.edits) for i, t in enumerate(targets) if t.row.edits]
         masked = {i: masks[t.seq_id] for i, t in enumerate(targets) if t.seq_id in masks}
         if not edited and not masked:
-            return
+            return logits
         key = tuple((i, index, id(edits)) for i, index, edits in edited)
         if key != self._edited[0]:
             self._edited = (key, EditBatch.of(edited))
+        changed = logits.float()  # small biases would be lost in a narrower type
         apply(
-            logits,
+            changed,
             self._edited[1],
             where.rows,
             where.positions,
@@ -86,6 +87,7 @@ class Sampling:
             self._rows.num_prompt_tokens,
             masked,
         )
+        return changed
 
 
 def _params(target: Target) -> SamplingParams:
