@@ -48,6 +48,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 from vllm_models import BackendOptions, TorchBackend, load_backend
+from vllm_models.gpu.launch import mode
 from vllm_models.native.library import library
 
 CLASSES = {
@@ -127,6 +128,16 @@ def torch_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     library.cache_clear()
     yield
     library.cache_clear()
+
+
+@pytest.fixture
+def triton_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The code path of a GPU, on the CPU in Triton's interpreter where there is none."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("VLLM_LITE_TRITON", "interpret")
+    mode.cache_clear()
+    yield
+    mode.cache_clear()
 
 
 MakeCheckpoint = Callable[..., Checkpoint]

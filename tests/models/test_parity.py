@@ -359,11 +359,15 @@ def often_right(expected: Expected) -> Callable[[Sequence[int]], Sequence[int]]:
     return lambda known: tokens[len(known) : len(known) + 3]
 
 
-def stranger(number: int) -> Request:
+def stranger(number: int, max_tokens: int = 40) -> Request:
     rng = random.Random(number)
     prompt = tuple(rng.choices(range(3, VOCAB_SIZE), k=rng.randint(5, 40)))
     params = SamplingParams(
-        temperature=rng.choice([0.0, 0.8]), top_k=5, seed=number, max_tokens=40, ignore_eos=True
+        temperature=rng.choice([0.0, 0.8]),
+        top_k=5,
+        seed=number,
+        max_tokens=max_tokens,
+        ignore_eos=True,
     )
     return Request(f"stranger-{number}", prompt, params)
 
@@ -424,3 +428,40 @@ def check_way(engine: Engine, way: str, outputs: list[RequestOutput]) -> None:
         assert engine.stats.preemptions > 0
     if way == "drafted":
         assert 0 < engine.stats.spec_accepted_tokens < engine.stats.spec_draft_tokens
+
+
+# The first variant of every family, and those whose attention or routing is of another kind.
+ON_A_GPU = (
+    *{
+        str(fields.get("family", "llama")): name for name, fields in reversed(VARIANTS.items())
+    }.values(),
+    "gemma4-experts-untied",
+    "gemma4-small-inputs-of-layers-shared-kv",
+    "glm4-moe-groups-norms-biases",
+    "phi4-part-of-heads-long-context-tied",
+)
+
+
+@pytest.mark.parametrize("expected", ON_A_GPU, indirect=True)
+def test_the_path_of_a_gpu_equals_transformers(expected: Expected, triton_path: None) -> None:
+    """A prompt in two chunks beside a stranger, then decode steps of a padded bucket."""
+    vocab_size = expected.logprobs.shape[1]
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=4,
+        ignore_eos=True,
+        logprobs=vocab_size,
+        prompt_logprobs=vocab_size,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend = expected.checkpoint.load(block_size=16, max_sequences=3, device=device)
+    engine = Engine(backend, SchedulerConfig(max_batch_tokens=24))
+    mine = Request("mine", expected.prompt, params)
+    outputs = run(engine, [stranger(1, max_tokens=3), mine])["mine"]
+
+    assert sum((o.token_ids for o in outputs), ()) == expected.completion[:4]
+    first = len(expected.prompt) - 1
+    got = sum((o.logprobs for o in outputs), ())
+    check_logprobs(got, expected.completion[:4], expected.logprobs[first : first + 4])
+    scored = sum((o.prompt_logprobs for o in outputs), ())
+    check_logprobs(scored[1:], expected.prompt[1:], expected.logprobs[:first])

@@ -49,13 +49,14 @@ def _norm_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, TILE)
     there = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
-    start = rows // inner * outer_stride + rows % inner * inner_stride
+    start = (rows // inner).to(tl.int64) * outer_stride + rows % inner * inner_stride
     wide = tl.load(x + start[:, None] + columns[None, :], mask=there, other=0.0).to(tl.float32)
     normed = scaled(wide, inverse_rms(wide, eps, WIDTH), weight, columns, columns < WIDTH, OFFSET)
-    tl.store(out + rows[:, None] * WIDTH + columns[None, :], normed, mask=there)
+    place = rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    tl.store(out + place, normed, mask=there)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

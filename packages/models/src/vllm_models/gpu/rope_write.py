@@ -309,6 +309,7 @@ def variants() -> tuple[Variant, ...]:
         _variant("qwen3-0.6b", 16, 8, 128, has_norm=True),
         _variant("qwen3-30b-a3b", 32, 4, 128, has_norm=True),
         _variant("qwen3-0.6b", 16, 8, 128, has_norm=True, pool="i8"),
+        _variant("qwen3-0.6b", 16, 8, 128, has_norm=True, pool="fp8e4nv"),
         _variant("llama-3.1-8b", 32, 8, 128, has_norm=False),
         _variant("llama-3.1-8b", 32, 8, 128, has_norm=False, pool="i8"),
     )
