@@ -58,13 +58,13 @@ PACKED = {
         "4 and 8 bit, any group size or whole rows, `desc_act`, symmetric or not; zero points of "
         "versions 1 and 2; Marlin's order (4 bit, symmetric)",
         "2 and 3 bit, other orders",
-        "torch",
+        "C; torch for groups that are no multiple of 32",
     ),
     "awq": (
         "AWQ",
         "4 bit with zero points, groups of 32, 64, 128 or a row",
         "other bits, the layouts `gemv` and `marlin`",
-        "torch",
+        "C",
     ),
     "fp8": (
         "FP8",
@@ -77,7 +77,7 @@ PACKED = {
         "`pack-quantized` of 4 and 8 bit by group, row or tensor, with or without zero points and "
         "activation order; `float-quantized` by tensor, row or block",
         "`int-quantized` and other formats, integer activations, sparsity, a quantized KV cache",
-        "torch",
+        "C for integers in groups of a multiple of 32 or rows; torch for floats",
     ),
     "bitsandbytes": (
         "bitsandbytes",
@@ -284,7 +284,10 @@ are, and one layer may mix both:"""
     yield """\
 Each test packs random weights by the published layout and compares with the dequantized product;
 `tests/models/quantization/test_checkpoints.py` has whole checkpoints. "C" are the kernels of
-`vllm_models.native`, which round activations to 8 bits; "torch" dequantizes tile by tile and
+`vllm_models.native`, which round activations to 8 bits and scales of 32 bits to 16 where that moves
+none by more than 2^-11 of itself (else torch multiplies; `tests/models/quantization/test_grouped.py`
+has
+them on every class); "torch" dequantizes tile by tile and
 multiplies
 with torch. Plain weights run in kernels too, and without a compiler torch computes everything.
 """

@@ -124,7 +124,9 @@ def _attention(library: Library, rows: int) -> Pair:
     length = rows if is_prompt else CONTEXT
     num_blocks = -(-length // BLOCK)
     shapes = block_shapes(BLOCK, KV_HEADS, DIM, DIM, torch.bfloat16)
-    keys, values = (torch.randn(sequences * num_blocks, *shape).bfloat16() for shape in shapes)
+    keys, values = (
+        (torch.randn(sequences * num_blocks, *shape).bfloat16(), None) for shape in shapes
+    )
     spans = torch.tensor([(row, queries, length) for row in range(sequences)])
     tables = torch.arange(sequences * num_blocks).view(sequences, num_blocks)
     q = torch.randn(rows, HEADS, DIM).bfloat16()

@@ -50,6 +50,7 @@ class Model:
     def load(self, num_blocks: int) -> TorchBackend:
         changes = {"num_blocks": num_blocks, "max_sequences": 40, "max_model_len": 112}
         fields = {"block_size": BLOCK, "threads": 1, "device": "cpu"} | changes
+        fields["kv_cache_dtype"] = self.options.kv_cache_dtype
         return load_backend(BackendOptions(self.options.model, self.options.dtype, **fields))
 
 
@@ -57,7 +58,19 @@ class Model:
 def model(request: pytest.FixtureRequest, make_checkpoint: Any) -> Model:
     name, dtype = request.param.split("-")
     folder = resolve_model("builtin") if name == "embedded" else make_checkpoint("qwen3").folder
-    found = Model(BackendOptions(folder, dtype))
+    return alone(BackendOptions(folder, dtype))
+
+
+@pytest.fixture(scope="module", params=["bf16", "f32"])
+def int8_model(request: pytest.FixtureRequest) -> Model:
+    return alone(
+        BackendOptions(resolve_model("builtin"), request.param, kv_cache_dtype="int8")
+    )
+
+
+def alone(options: BackendOptions) -> Model:
+    """A model, with what each target gives alone."""
+    found = Model(options)
     for kind in PARAMS:
         engine = Engine(found.backend(512), SchedulerConfig(prefix_cache=False))
         found.alone |= run(engine, [target(kind)])
@@ -108,6 +121,20 @@ POOLS = {1: (512,), 2: (512,), 7: (512, 16), 32: (512, 40)}
 def test_every_way_to_run_a_request_gives_the_same_bits(
     model: Model, batch: int, num_blocks: int, cache: str, chunk: int
 ) -> None:
+    check_same_bits(model, batch, num_blocks, cache, chunk)
+
+
+@pytest.mark.parametrize("chunk", [16, 2048])
+@pytest.mark.parametrize(
+    ("batch", "num_blocks", "cache"), [(1, 512, "warm"), (7, 16, "off"), (32, 40, "on")]
+)
+def test_so_does_every_way_with_kv_in_int8(
+    int8_model: Model, batch: int, num_blocks: int, cache: str, chunk: int
+) -> None:
+    check_same_bits(int8_model, batch, num_blocks, cache, chunk)
+
+
+def check_same_bits(model: Model, batch: int, num_blocks: int, cache: str, chunk: int) -> None:
     config = SchedulerConfig(max_batch_tokens=chunk, prefix_cache=cache != "off", watermark=0.0)
     engine = Engine(model.backend(num_blocks), config)
     if cache == "warm":

@@ -16,11 +16,11 @@ from vllm_traits import Request, SamplingParams
 LAYERS = (LayerKV(0, 2, 16, 16), LayerKV(8, 2, 16, 16), LayerKV(0, 1, 20, 0))
 
 
-@pytest.fixture
-def kv() -> KVPool:
-    pool = allocate_kv(LAYERS, 12, 4, torch.float32, torch.device("cpu"))
+@pytest.fixture(params=[torch.float32, torch.int8, torch.float8_e4m3fn])
+def kv(request: pytest.FixtureRequest) -> KVPool:
+    pool = allocate_kv(LAYERS, 12, 4, torch.float32, torch.device("cpu"), request.param)
     for tensor in pool.tensors:
-        tensor.copy_(torch.rand(tensor.shape))
+        tensor.copy_(torch.rand(tensor.shape) * 100)
     return pool
 
 
@@ -37,6 +37,7 @@ def test_a_saved_block_comes_back_whole_in_every_layer(kv: KVPool) -> None:
     before = [contents(kv, block) for block in (3, 7)]
     assert store.save(keys("a", "b"), [3, 7]).result() == 2
     kv.wipe([3, 7])
+    assert not any(tensor.any() for block in (3, 7) for tensor in contents(kv, block))
     loading = store.load(keys("a", "b"), [9, 1])
     assert loading.done() and loading.result() == 2
     for block, expected in zip((9, 1), before, strict=True):
@@ -90,9 +91,12 @@ def run(backend: Any, num_requests: int = 6) -> tuple[list[tuple[int, ...]], Eng
     return texts, engine
 
 
-def test_a_small_pool_with_host_memory_gives_the_texts_of_a_large_one(small: Any) -> None:
-    large, _ = run(small.load(num_blocks=256))
-    texts, engine = run(small.load(num_blocks=20, host_kv_share=8.0))
+@pytest.mark.parametrize("stored", ["auto", "int8"])
+def test_a_small_pool_with_host_memory_gives_the_texts_of_a_large_one(
+    small: Any, stored: str
+) -> None:
+    large, _ = run(small.load(num_blocks=256, kv_cache_dtype=stored))
+    texts, engine = run(small.load(num_blocks=20, host_kv_share=8.0, kv_cache_dtype=stored))
     assert texts == large
     assert engine.stats.saved_blocks > 0 and engine.stats.loaded_blocks > 0
 

@@ -112,6 +112,38 @@ def test_rope_write(offset: float | None) -> None:
     assert not torch.equal(got, q)
 
 
+def side_of(*shape: int, dtype: torch.dtype = torch.float32) -> KVSide:
+    """Zeros, with scales if they are int8."""
+    data = torch.zeros(shape, dtype=dtype)
+    return KVSide(data, torch.zeros(shape[:3]) if dtype == torch.int8 else None)
+
+
+def test_kv_write_in_int8() -> None:
+    pools = [side_of(6, 4, 2, 8, dtype=torch.int8) for _ in range(4)]
+    key, value = noise(5, 2, 8) * 30, noise(5, 2, 8) + 1
+    key[1] = 0.0
+    slots = torch.tensor([23, 0, 7, 8, 13])
+    kv_write.kv_write(key, value, pools[0], pools[1], slots)
+    kv_write.reference(key, value, pools[2], pools[3], slots)
+    for got, wanted in ((pools[0], pools[2]), (pools[1], pools[3])):
+        assert torch.equal(got.data, wanted.data) and torch.equal(got.scales, wanted.scales)
+    stored = pools[0].dequantized(torch.arange(6), torch.float32).flatten(0, 1)[slots]
+    assert ((stored - key).abs() <= key.abs().amax(-1, keepdim=True) / 127 * 0.5001).all()
+
+
+@pytest.mark.parametrize("name", ["decodes", "mixed"])
+def test_paged_attention_over_int8(name: str) -> None:
+    tables = torch.tensor(random.Random(1).sample(range(80), k=5 * 8)).view(5, 8)
+    spans = [Span(row, *span) for row, span in enumerate(SPANS[name])]
+    q = noise(sum(span.num_queries for span in spans), 4, 16)
+    keys, values = (side_of(80, 4, 2, 16, dtype=torch.int8) for _ in range(2))
+    kv_write.kv_write(noise(320, 2, 16), noise(320, 2, 16) + 1, keys, values, torch.arange(320))
+    prepared = prepare(spans, tables, 4, q.dtype, 7)
+    got = paged_attention.paged_attention(q, keys, values, prepared, 0.25)
+    wanted = paged_attention.reference(q, keys, values, spans, tables, 0.25, 7)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_kv_write() -> None:
     pools = [KVSide(torch.zeros(6, 4, 2, 8)) for _ in range(4)]
     key, value = noise(5, 2, 8), noise(5, 2, 8) + 1

@@ -436,12 +436,12 @@ ON_A_GPU = (
         str(fields.get("family", "llama")): name for name, fields in reversed(VARIANTS.items())
     }.values(),
     "gemma4-experts-untied",
-    "gemma4-small-inputs-of-layers-shared-kv",
     "glm4-moe-groups-norms-biases",
     "phi4-part-of-heads-long-context-tied",
 )
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # a sigmoid's, in numpy
 @pytest.mark.parametrize("expected", ON_A_GPU, indirect=True)
 def test_the_path_of_a_gpu_equals_transformers(expected: Expected, triton_path: None) -> None:
     """A prompt in two chunks beside a stranger, then decode steps of a padded bucket."""

@@ -84,7 +84,7 @@ def test_a_model_whose_steps_depend_on_numbers_walks(
     make_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Experts of different kinds are computed one by one, and which follows from the numbers."""
-    monkeypatch.setattr(experts, "are_alike", lambda weights: False)
+    monkeypatch.setattr(experts, "find_group", lambda found: None)
     fields = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     backend = make_checkpoint("qwen3_moe", **fields).load(block_size=16)
     generate(backend, 2)

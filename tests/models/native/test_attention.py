@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from vllm_models.kernels.kv_side import KVSide, quantize
 from vllm_models.native.attention import Spans, attend, block_shapes, fits, write_kv
 from vllm_models.native.library import Library, load
 from vllm_models.native.processor import runnable
@@ -40,6 +41,7 @@ class Shape(NamedTuple):
     window: int = 0
     soft_cap: float = 0.0
     has_sinks: bool = False
+    is_int8: bool = False
 
 
 SHAPES = {
@@ -58,13 +60,14 @@ SHAPES = {
     "narrow-values": Shape(F32, 1, 4, 576, 512, 16, ((1, 300), (3, 40))),
     "narrow-values-bf16": Shape(BF16, 2, 2, 192, 128, 16, ((1, 300), (17, 40))),
 }
+SHAPES |= {f"{name}-int8": shape._replace(is_int8=True) for name, shape in SHAPES.items()}
 
 
 class Case(NamedTuple):
     q: Tensor
     keys: Tensor
     values: Tensor
-    packed: tuple[Tensor, ...]
+    packed: tuple[KVSide, KVSide]
     tables: Tensor
     sinks: Tensor | None
 
@@ -87,17 +90,30 @@ def make(library: Library, shape: Shape) -> Case:
         keys[block], values[block] = torch.nan, torch.nan
     sizes = (shape.block_size, shape.num_kv_heads, shape.dim, shape.value_dim)
     packed = tuple(
-        torch.full((num_blocks, *block), torch.nan, dtype=shape.dtype)
-        for block in block_shapes(*sizes, shape.dtype)
+        poisoned(shape, num_blocks, block) for block in block_shapes(*sizes, shape.dtype)
     )
     slots = torch.randperm(num_blocks * shape.block_size)
     k, v = keys.flatten(0, 1)[slots], values.flatten(0, 1)[slots]
     write_kv(library, k, v, *packed, slots)
+    if shape.is_int8:
+        keys, values = dequantized(keys), dequantized(values)
     num_queries = sum(count for count, _ in shape.spans)
     num_heads = shape.num_kv_heads * shape.group
     wide = torch.randn(num_queries, num_heads + 1, shape.dim).to(shape.dtype)
     sinks = torch.randn(num_heads) if shape.has_sinks else None
     return Case(wide[:, :num_heads], keys, values, packed, tables, sinks)
+
+
+def poisoned(shape: Shape, num_blocks: int, block: tuple[int, ...]) -> KVSide:
+    if not shape.is_int8:
+        return KVSide(torch.full((num_blocks, *block), torch.nan, dtype=shape.dtype))
+    data = torch.full((num_blocks, *block), 99, dtype=torch.int8)
+    return KVSide(data, torch.full((num_blocks, block[0], shape.block_size), torch.nan))
+
+
+def dequantized(numbers: Tensor) -> Tensor:
+    data, scales = quantize(numbers, torch.int8)
+    return data * scales[..., None]
 
 
 def run(library: Library, shape: Shape, case: Case, **changes: Any) -> Tensor:
@@ -163,11 +179,37 @@ def test_the_number_of_threads_changes_no_bit(library: Library, name: str) -> No
 def test_a_write_touches_its_slots_only(library: Library) -> None:
     for dtype in (BF16, F32):
         shapes = block_shapes(16, 2, 32, 16, dtype)
-        keys, values = (torch.zeros(3, *shape, dtype=dtype) for shape in shapes)
+        keys, values = (KVSide(torch.zeros(3, *shape, dtype=dtype)) for shape in shapes)
         k, v = torch.ones(2, 2, 32, dtype=dtype), torch.ones(2, 2, 16, dtype=dtype)
         write_kv(library, k, v, keys, values, torch.tensor([17, 40]))
-        assert keys.sum() == k.numel() and values.sum() == v.numel()
-        assert not keys[0].any() and not values[0].any()
+        assert keys.data.sum() == k.numel() and values.data.sum() == v.numel()
+        assert not keys.data[0].any() and not values.data[0].any()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_a_write_in_int8_stores_what_torch_does(library: Library, dtype: torch.dtype) -> None:
+    shapes = block_shapes(16, 2, 32, 16, dtype)
+    keys, values = (
+        KVSide(torch.zeros(3, *shape, dtype=torch.int8), torch.zeros(3, 2, 16)) for shape in shapes
+    )
+    k, v = torch.randn(3, 2, 32).to(dtype) * 50, torch.randn(3, 2, 16).to(dtype)
+    k[0, 0], k[1, 1, 3], v[0, 1, 5] = 0.0, torch.inf, torch.nan
+    slots = torch.tensor([17, 40, 2])
+    write_kv(library, k, v, keys, values, slots)
+    for side, numbers, is_key in ((keys, k, True), (values, v, False)):
+        data, scales = quantize(numbers, torch.int8)
+        for token, slot in enumerate(slots.tolist()):
+            block, place = divmod(slot, 16)
+            per, width = side.data.shape[-1], numbers.shape[2]
+            stored = side.data[block, :, 0, :, place] if is_key else None
+            if stored is None:
+                stored = side.data[block, :, place // per, :, place % per]
+            assert torch.equal(stored.reshape(2, width), data[token])
+            torch.testing.assert_close(
+                side.scales[block, :, place], scales[token], rtol=0, atol=0, equal_nan=True
+            )
+        assert torch.count_nonzero(side.scales) == torch.count_nonzero(scales)
+        assert torch.count_nonzero(side.data) == torch.count_nonzero(data)
 
 
 def test_shapes_that_do_not_fit_are_known() -> None:

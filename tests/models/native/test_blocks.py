@@ -17,6 +17,7 @@ from vllm_models.native.blocks import (
 )
 from vllm_models.native.library import Library, load
 from vllm_models.native.processor import InstructionSet, runnable
+from vllm_models.quantization.grouped import pack_codes
 
 ROWS = (1, 2, 3, 7, 16, 17, 33, 65, 200)  # 200 is more than a kernel keeps sums of
 # Where a block has its 16-bit scales: random bytes there would be infinite or nothing.
@@ -110,7 +111,7 @@ def test_grouped_codes_are_multiplied_as_scale_times_code_less_zero(
     codes = torch.randint(0, 2**bits, (70, columns), dtype=torch.uint8, generator=random)
     scales = (torch.rand((70, groups), generator=random) * 0.02).to(dtype)
     zeros = torch.randint(0, 2**bits, (70, groups), generator=random)
-    packed = pack_grouped(library, codes, scales, zeros, bits)
+    packed = pack_grouped(library, pack_codes(codes, bits), scales, zeros, bits)
     spread = lambda t: t.float().repeat_interleave(-(-columns // groups), 1)[:, :columns]  # noqa: E731
     torch.testing.assert_close(packed.dequantize(), spread(scales) * (codes - spread(zeros)))
     x = numbers(9, columns)

@@ -12,11 +12,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from vllm_models.native.library import library
 from vllm_traits import Batch, Chunk, ModelError, SamplingParams, Start
 
 from tests.models.quantization import packers
 from tests.models.quantization.packers import Packer
 
+native = pytest.mark.skipif(library() is None, reason="there is no C compiler")
 WEIGHTS = "model.safetensors"
 PROMPT = (5, 17, 99, 3, 42, 7, 64)
 NUM_TOKENS = 12
@@ -86,6 +88,7 @@ def plain(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Any]) -
     return make_checkpoint(request.param, **SHAPE, **more)
 
 
+@pytest.mark.usefixtures("torch_products")
 @pytest.mark.parametrize("name", FORMATS)
 def test_greedy_tokens_are_those_of_the_dequantized_weights(
     plain: Any, tmp_path: Path, name: str
@@ -99,6 +102,23 @@ def test_greedy_tokens_are_those_of_the_dequantized_weights(
     assert greedy(copy.load(), NUM_TOKENS) == copy.greedy(PROMPT, NUM_TOKENS)
 
 
+@native
+@pytest.mark.parametrize("name", ["gptq", "marlin", "awq", "compressed-tensors"])
+def test_integers_are_multiplied_by_the_kernels_alone(
+    plain: Any, tmp_path: Path, name: str
+) -> None:
+    config, pack = FORMATS[name]
+    numbers = write_packed(plain.folder, tmp_path / "packed", config, pack)
+    reference = shutil.copytree(plain.folder, tmp_path / "numbers")
+    save_file(numbers, reference / WEIGHTS, metadata={"format": "pt"})
+    backend = type(plain)(tmp_path / "packed", None).load(block_size=16)
+    assert backend.loaded.batch_dependence == ()
+    exact = type(plain)(reference, None).load(block_size=16)
+    first = [greedy(one, 1) for one in (backend, exact)]
+    assert first[0] == first[1]  # activations of 8 bits may differ later
+
+
+@pytest.mark.usefixtures("torch_products")
 def test_layers_that_were_not_converted_are_loaded_as_they_are(plain: Any, tmp_path: Path) -> None:
     config, pack = FORMATS["gptq"]
     config = config | {"modules_to_not_convert": ["model.layers.0.self_attn.v_proj", "layers.1"]}

@@ -32,6 +32,8 @@ from tests.models.quantization.formats import (
 )
 from tests.models.quantization.packers import Packed
 
+pytestmark = pytest.mark.usefixtures("torch_products")
+
 
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
@@ -281,7 +283,7 @@ def test_a_shape_that_contradicts_the_layer_is_refused() -> None:
         (compressed("int-quantized", {"num_bits": 8, "type": "int"}), "format 'int-quantized'"),
         (integers(3), "num_bits 3"),
         (integers() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
-        (integers() | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        (integers() | {"transform_config": {"config_groups": 1}}, "transform_config"),
         (
             compressed("pack-quantized", integers(), input_activations={"num_bits": 8}),
             "not supported",

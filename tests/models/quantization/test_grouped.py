@@ -24,11 +24,13 @@ from vllm_models.native.blocks import (
 from vllm_models.native.library import library, load
 from vllm_models.native.ordered import OrderedBlocks
 from vllm_models.native.processor import InstructionSet, runnable
+from vllm_models.quantization.awq import repack_awq, unpack_awq
+from vllm_models.quantization.grouped import pack_codes, unpack_codes
 
 from tests.models.quantization import packers
+from tests.models.quantization.formats import CASES, GPTQ, Case, weight
+from tests.models.quantization.formats import load as load_layer
 from tests.models.quantization.packers import Packed
-from tests.models.quantization.test_formats import CASES, GPTQ, Case, weight
-from tests.models.quantization.test_formats import load as load_layer
 
 NUMBERS = ("gptq", "marlin", "awq", "ints")
 HELD = {name: case for name, case in CASES.items() if name.startswith(NUMBERS)}
@@ -161,7 +163,8 @@ def test_groups_of_any_multiple_of_32_columns_are_packed(group_size: int) -> Non
     zeros = torch.randint(0, 17, scales.shape, generator=random)
     assert fits_groups(columns, group_size)
     spread = [t.float().repeat_interleave(group_size, 1) for t in (scales, zeros)]
-    packed = pack_grouped(load(InstructionSet(runnable()[0])), codes, scales, zeros, 4)
+    library = load(InstructionSet(runnable()[0]))
+    packed = pack_grouped(library, pack_codes(codes, 4), scales, zeros, 4)
     assert isinstance(packed, PackedBlocks)
     torch.testing.assert_close(packed.dequantize(), spread[0] * (codes - spread[1]))
 
@@ -169,3 +172,10 @@ def test_groups_of_any_multiple_of_32_columns_are_packed(group_size: int) -> Non
 def test_groups_of_other_sizes_do_not_fit() -> None:
     assert fits_groups(100, 100)
     assert not fits_groups(64, 16) and not fits_groups(96, 48)
+
+
+@pytest.mark.parametrize(("columns", "outputs"), [(2, 8), (6, 128), (64, 136), (10, 520)])
+def test_awq_words_are_turned_as_torch_turns_them(columns: int, outputs: int) -> None:
+    words = torch.randint(-(2**31), 2**31, (columns, outputs // 8)).to(torch.int32)
+    codes = unpack_codes(repack_awq(words), 4)
+    assert torch.equal(codes, unpack_awq(words))

@@ -24,7 +24,7 @@ from vllm_models.components.decoder import Decoder
 from vllm_models.config import ModelConfig, architecture_name
 from vllm_models.determinism import batch_dependence, fix_orders
 from vllm_models.device import free_memory, pick_device, pick_dtype, set_threads
-from vllm_models.gpu.launch import serves
+from vllm_models.gpu.launch import mode, serves
 from vllm_models.measure import KernelSpeed, measure_kernels
 from vllm_models.native.library import loaded as native
 from vllm_models.options import BackendOptions, LoadProgress, OnProgress, ignore_progress
@@ -34,7 +34,7 @@ from vllm_models.quantization.scheme import scheme_for
 from vllm_models.registry import find_architecture
 from vllm_models.runner.cost import CostModel
 from vllm_models.runner.host_store import HostStore
-from vllm_models.runner.kv import KVPool, allocate_kv, kv_groups
+from vllm_models.runner.kv import KVPool, allocate_kv, kv_dtype, kv_groups
 from vllm_models.runner.memory import MemoryReport, plan_memory
 from vllm_models.runner.recorded import RecordedSteps
 from vllm_models.runner.rows import Rows
@@ -145,10 +145,12 @@ def load_backend(options: BackendOptions, on_progress: OnProgress | None = None)
     )
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, config, device)
+    layers = architecture.kv_layers(config)
+    stored = kv_dtype(options.kv_cache_dtype, layers, dtype, device)
     scheme = IsqScheme(options.isq) if options.isq else scheme_for(checkpoint.fields)
     model = load_model(architecture, config, checkpoint, scheme, (dtype, device), report)
     set_threads(options.threads, device, num_bytes(model))
-    groups = kv_groups(model.kv_layers(config), options.block_size, dtype)
+    groups = kv_groups(layers, options.block_size, stored)
     if options.deterministic:
         fix_orders(model)
     step_bytes = None
@@ -156,10 +158,12 @@ def load_backend(options: BackendOptions, on_progress: OnProgress | None = None)
         from vllm_models.runner.device.assemble import measure_step_bytes
 
         report(LoadProgress("warm-up", 0.0, "the largest steps"))
-        step_bytes = measure_step_bytes(model, config, options, dtype, device)
-    memory = plan_memory(options, config, groups, device, num_bytes(model), step_bytes)
+        step_bytes = measure_step_bytes(model, config, options, stored, (dtype, device))
+    size = num_bytes(model)
+    memory = plan_memory(options, config, groups, (dtype, device), size, step_bytes)
     backend = _assemble(options, checkpoint, config, model, memory)
-    _warm_up(backend, report)
+    if mode() != "interpret":
+        _warm_up(backend, report)
     return backend
 
 
@@ -170,10 +174,10 @@ def _assemble(
     model: Decoder,
     memory: MemoryReport,
 ) -> TorchBackend:
-    dtype, device = getattr(torch, memory.dtype), torch.device(memory.device)
-    layers = model.kv_layers(config)
-    groups = kv_groups(layers, options.block_size, dtype)
-    kv = allocate_kv(layers, memory.num_blocks, options.block_size, dtype, device)
+    dtype, stored = (getattr(torch, name) for name in (memory.dtype, memory.kv_dtype))
+    layers, device = model.kv_layers(config), torch.device(memory.device)
+    groups = kv_groups(layers, options.block_size, stored)
+    kv = allocate_kv(layers, memory.num_blocks, options.block_size, dtype, device, stored)
     max_sequences = options.max_sequences
     ropes = (config.rope, config.local_rope)
     layout = f"{memory.dtype}:{options.block_size}:{groups}:{kv.layout}:{ropes}"

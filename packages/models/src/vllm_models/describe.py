@@ -12,7 +12,7 @@ from vllm_models.config import ModelConfig
 from vllm_models.device import free_memory, pick_device, pick_dtype
 from vllm_models.quantization.scheme import scheme_for
 from vllm_models.registry import find_architecture
-from vllm_models.runner.kv import bytes_per_token
+from vllm_models.runner.kv import bytes_per_token, kv_dtype
 from vllm_models.weights.checkpoint import open_checkpoint
 from vllm_models.weights.load import plan_model
 from vllm_models.weights.saved import SavedTensor
@@ -48,7 +48,8 @@ class Description:
         num_parameters: Weights of the model, a tied head counted once.
         weight_bytes: Size in the files, and in memory unless quantized at load.
         groups: What takes how much.
-        dtype: Element type of activations and KV on this device.
+        dtype: Element type of activations on this device.
+        kv_dtype: What is stored of keys and values.
         kv_bytes_per_token: In all layers together.
         device: Where it would run.
         free_bytes: Memory that is free there now.
@@ -61,6 +62,7 @@ class Description:
     weight_bytes: int
     groups: tuple[TensorGroup, ...]
     dtype: str
+    kv_dtype: str
     kv_bytes_per_token: int
     device: str
     free_bytes: int
@@ -71,16 +73,20 @@ class Description:
         return max(0, int(self.free_bytes * 0.9) - self.weight_bytes) // self.kv_bytes_per_token
 
 
-def describe(path: Path, dtype: str = "auto", device: str = "auto") -> Description:
+def describe(
+    path: Path, dtype: str = "auto", device: str = "auto", kv_cache_dtype: str = "auto"
+) -> Description:
     """Read headers and configuration of a checkpoint.
 
     Args:
         path: Folder or file, see `resolve_model`.
         dtype: As in `BackendOptions`.
         device: As in `BackendOptions`.
+        kv_cache_dtype: As in `BackendOptions`.
 
     Raises:
         ModelError: It cannot be loaded, as far as headers tell.
+        ConfigError: Its keys and values cannot be stored so.
         DeviceError: The device is not there.
     """
     checkpoint = open_checkpoint(path)
@@ -88,6 +94,8 @@ def describe(path: Path, dtype: str = "auto", device: str = "auto") -> Descripti
     architecture = find_architecture(config.architecture)
     place = pick_device(device)
     element = pick_dtype(dtype, config, place)
+    layers = architecture.kv_layers(config)
+    stored = kv_dtype(kv_cache_dtype, layers, element, place)
     scheme = scheme_for(checkpoint.fields)
     plan = plan_model(architecture, config, checkpoint, scheme, element)
     saved = [whole for whole, _ in plan.tensors]
@@ -99,7 +107,8 @@ def describe(path: Path, dtype: str = "auto", device: str = "auto") -> Descripti
         weight_bytes=sum(tensor.num_bytes for tensor in saved),
         groups=tuple(_groups(saved)),
         dtype=str(element).removeprefix("torch."),
-        kv_bytes_per_token=bytes_per_token(architecture.kv_layers(config), element),
+        kv_dtype=str(stored).removeprefix("torch."),
+        kv_bytes_per_token=bytes_per_token(layers, stored),
         device=str(place),
         free_bytes=free_memory(place),
     )

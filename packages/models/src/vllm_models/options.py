@@ -25,6 +25,7 @@ DTYPES = {
     "float32": "float32",
     "float": "float32",
 }
+KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -34,7 +35,9 @@ class BackendOptions:
 
     Attributes:
         model: Local folder of the checkpoint, see `resolve_model`.
-        dtype: Element type of weights, activations and KV: auto, bf16, f16 or f32 (or a long name).
+        dtype: Element type of weights and activations: auto, bf16, f16 or f32 (or a long name).
+        kv_cache_dtype: How keys and values are stored: auto is as they are computed, int8 and fp8
+            are eight bits beside a scale per position and head.
         device: auto, cpu, cuda or mps, optionally with an index such as cuda:1.
         num_blocks: KV blocks; None sizes the pool from memory.
         block_size: Positions per block.
@@ -72,11 +75,17 @@ class BackendOptions:
     enforce_eager: bool = False
     deterministic: bool = False
     host_kv_share: float | None = None
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what can never work."""
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}, but must be one of {', '.join(DTYPES)}.")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(
+                f"kv_cache_dtype is {self.kv_cache_dtype!r}, but must be one of "
+                f"{', '.join(KV_CACHE_DTYPES)}."
+            )
         if self.device.split(":")[0] not in DEVICES:
             raise ConfigError(
                 f"device is {self.device!r}, but must be one of {', '.join(DEVICES)}."

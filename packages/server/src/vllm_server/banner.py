@@ -48,8 +48,8 @@ def banner(
     )
     yield (
         f"KV cache: {memory.num_blocks} blocks x {memory.block_size} tokens = {memory.num_tokens} "
-        f"tokens, {memory.kv_bytes * mb:.1f} MB; {memory.max_concurrency:.1f} sequences of full "
-        "length at once"
+        f"tokens of {memory.kv_dtype}, {memory.kv_bytes * mb:.1f} MB; "
+        f"{memory.max_concurrency:.1f} sequences of full length at once"
     )
     yield from findings.lines()
     parts = ", ".join(f"{part} {spent:.2f} s" for part, spent in seconds.items())

@@ -173,6 +173,7 @@ def backend_options(engine: EngineSettings, folder: Path) -> BackendOptions:
     return BackendOptions(
         model=folder,
         dtype=engine.dtype,
+        kv_cache_dtype=engine.kv_cache_dtype,
         device=engine.device,
         num_blocks=engine.num_kv_blocks,
         block_size=engine.block_size or defaults.block_size,
@@ -270,7 +271,7 @@ def make_service(settings: Settings, model: LoadedModel, engine: AsyncEngine) ->
         cache_config={
             "block_size": str(memory.block_size),
             "num_gpu_blocks": str(memory.num_blocks),
-            "cache_dtype": memory.dtype,
+            "cache_dtype": memory.kv_dtype,
             "kv_cache_mb": f"{memory.kv_bytes / 2**20:.1f}",
             "num_tokens": str(memory.num_tokens),
             "max_concurrency": f"{memory.max_concurrency:.2f}",

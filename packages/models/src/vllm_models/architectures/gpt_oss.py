@@ -19,6 +19,7 @@ from vllm_models.components.moe import check_count
 from vllm_models.components.norm import RMSNorm
 from vllm_models.components.rotary import Rotation
 from vllm_models.config import ModelConfig
+from vllm_models.gpu.launch import kernels_for
 from vllm_models.kernels.clamped_swiglu import clamped_swiglu
 from vllm_models.kernels.paged_attention import paged_attention
 from vllm_models.native.tape import as_one
@@ -89,8 +90,9 @@ class GptOssMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[T, M] -> [T, M]."""
         logits = self.router(x)  # [T, E]
-        weights, chosen = as_one(lambda: self._choose(logits))
-        return self.experts(x, weights, chosen)
+        if (gpu := kernels_for(x)) is not None:  # a softmax of the chosen: all others cancel out
+            return self.experts(x, *gpu.choose_experts(logits, self.num_chosen, True))
+        return self.experts(x, *as_one(lambda: self._choose(logits)))
 
     def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Weights, and which experts: [T, E] -> [T, num_chosen]."""

@@ -47,7 +47,8 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the whole vocabulary after some hidden states: [N, M] -> [N, V]."""
+        """Scores of the whole vocabulary after some hidden states: [N, M] -> [N, V], in float32 or
+        the type of the hidden states."""
 
 
 class DecoderStack(nn.Module):
@@ -111,7 +112,7 @@ class CausalLM(Decoder):
         """[N, M] -> [N, V]."""
         if self.lm_head is None:
             return self.model.embed_tokens.logits(hidden)
-        return self.lm_head(hidden)
+        return self.lm_head.scores(hidden)
 
 
 def text_part(saved: SavedTensor) -> SavedTensor | None:

@@ -28,4 +28,4 @@ class Embedding(Linear):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, M] -> [N, V]: how well each token's vector matches."""
-        return self.method.apply(self, hidden, None)
+        return self.scores(hidden)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from vllm_models.gpu.launch import kernels_for, serves
 from vllm_models.native.dense import PackedDense
 from vllm_models.native.library import library_for
+from vllm_models.native.ordered import OrderedBlocks
+from vllm_models.native.packed import PackedWeight
 from vllm_models.weights.saved import PLAIN_KINDS
 
 
@@ -192,4 +194,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in_features] -> [T, out_features]."""
+        return self.method.apply(self, x, self.bias)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The same, in float32 where a kernel of the CPU can leave its sums as they are."""
+        if isinstance(self.packed, PackedWeight | OrderedBlocks):
+            return self.packed.matmul(x, self.bias, torch.float32)
         return self.method.apply(self, x, self.bias)

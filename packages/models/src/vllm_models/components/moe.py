@@ -11,6 +11,7 @@ from vllm_traits import ModelError
 
 from vllm_models.components.experts import Experts
 from vllm_models.components.linear import Linear
+from vllm_models.gpu.launch import kernels_for
 from vllm_models.native.tape import as_one
 from vllm_models.weights.saved import SavedTensor
 
@@ -57,6 +58,11 @@ class Routing:
                 f"A token cannot choose {self.num_chosen} of {available} experts; correct "
                 "num_experts_per_tok in config.json."
             )
+
+    @property
+    def chooses_freely(self) -> bool:
+        """Whether groups leave no expert out."""
+        return self.num_chosen_groups == self.num_groups
 
 
 def check_count(num_experts: int) -> None:
@@ -107,8 +113,12 @@ class MixtureOfExperts(nn.Module):
     def _routed(self, x: Tensor) -> Tensor:
         """[T, M] -> [T, M]."""
         logits = self.gate(x if self.e_score_correction_bias is None else x.float())  # [T, E]
-        weights, chosen = as_one(lambda: self._choose(logits, x.dtype))
-        return self.experts(x, weights, chosen)
+        if (gpu := kernels_for(x)) is not None and self.routing.chooses_freely:
+            how = (self.routing.num_chosen, self.routing.renormalize, self.routing.scale)
+            chosen = gpu.choose_experts(logits, *how, self.e_score_correction_bias)
+        else:
+            chosen = as_one(lambda: self._choose(logits, x.dtype))
+        return self.experts(x, *chosen)
 
     def _choose(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Weights, and which experts: [T, E] -> [T, num_chosen]."""
@@ -117,7 +127,7 @@ class MixtureOfExperts(nn.Module):
         else:
             scores = logits.sigmoid()
             choice = scores + self.e_score_correction_bias
-        if self.routing.num_chosen_groups < self.routing.num_groups:
+        if not self.routing.chooses_freely:
             choice = self._in_best_groups(choice)
         chosen = choice.topk(self.routing.num_chosen).indices
         weights = scores.gather(1, chosen)

@@ -29,6 +29,7 @@ _GROUP = 128
 _ALIGNED = 16  # sizes that the library takes are multiples of it
 _CAPABILITY = (8, 9)  # of the first devices that multiply FP8
 _BLOCK_M, _BLOCK_N = 64, 128
+_WARPS = 8
 _TILE = 1024
 
 
@@ -206,6 +207,7 @@ def matmul_groups(
         GROUP=_GROUP,
         BLOCK_M=_BLOCK_M,
         BLOCK_N=_BLOCK_N,
+        num_warps=_WARPS,
     )
     return out
 
@@ -238,5 +240,5 @@ def variants() -> tuple[Variant, ...]:
     return (
         Variant("fp8_quantize-row", _quantize_kernel, quantize | sizes, {"TILE": _TILE}),
         Variant("fp8_quantize-group", _quantize_kernel, quantize | sizes, {"TILE": _GROUP}),
-        Variant("fp8_matmul-groups", _groups_kernel, product, tile),
+        Variant("fp8_matmul-groups", _groups_kernel, product, tile, num_warps=_WARPS),
     )

@@ -37,20 +37,12 @@ class Form(NamedTuple):
         block_n: Rows of the weight.
         num_warps: Of a program.
         num_stages: Loads in flight.
-        may_split: The columns too are cut, where the rest makes too few programs.
     """
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 2
-    may_split: bool = True
-
-    def splits(self, planes: Planes) -> int:
-        """Programs that share the columns."""
-        if not self.may_split:
-            return 1
-        return num_splits(planes.rows, self.block_n, planes.num_blocks)
 
     def shared_bytes(self, planes: Planes, element_size: int) -> int:
         """Shared memory of a program, at most; x has elements of a size."""
@@ -60,9 +52,9 @@ class Form(NamedTuple):
         return self.num_stages * (x + weight) + (1 << 13)
 
 
-_ONE_ROW = Form(1, 16)
+_ONE_ROW = Form(1, 32)
 _FEW = (Form(16, 64, num_stages=3), Form(32, 64), Form(64, 64))
-_MANY = (Form(128, 128, 8, 2, False), Form(64, 128, 8, 2, False), Form(64, 64), Form(32, 64))
+_MANY = (Form(128, 128, num_warps=8), Form(64, 128, num_warps=8), Form(64, 64), Form(32, 64))
 _FIXED = (Form(64, 64), Form(32, 64), Form(16, 64))
 
 
@@ -88,6 +80,23 @@ def form_for(
     return next(fits, Form(16, 64, num_stages=1))
 
 
+def splits_for(rows: int, planes: Planes, form: Form, fixed_order: bool) -> int:
+    """Programs that share the columns.
+
+    Args:
+        rows: Of x; the more there are, the more the sums of the splits cost beside the weight.
+        planes: The weight.
+        form: Of the product.
+        fixed_order: The number may not depend on `rows`.
+    """
+    programs = triton.cdiv(planes.rows, form.block_n)
+    if fixed_order:
+        return num_splits(programs, planes.num_blocks)
+    bits = planes.layout.low_bits + planes.layout.high_bits
+    most = planes.columns * bits // (64 * rows)  # reads and writes of sums, in bits of a column
+    return num_splits(programs * triton.cdiv(rows, form.block_m), planes.num_blocks, most)
+
+
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes that a program may have."""
@@ -97,7 +106,7 @@ def _shared_memory(device: torch.device) -> int:
 
 
 @triton.jit
-def _row_products(
+def row_products(
     x,
     low,
     high,
@@ -169,7 +178,7 @@ def _matmul_kernel(
     first_block = split * blocks_per_split
     last_block = tl.minimum(first_block + blocks_per_split, num_blocks)
     if BLOCK_M == 1:
-        sums = _row_products(
+        sums = row_products(
             *(x, low, high, scales, offsets, factors, offset_factors, table),
             *(rows, is_row, num_rows, columns, first_block, last_block),
             LAYOUT,
@@ -210,17 +219,18 @@ def grouped_matmul(
         return out
     if form is None:
         return _by_library(x, planes, bias, out)
-    splits = form.splits(planes)
+    splits = splits_for(len(x), planes, form, fixed_order)
     if splits == 1:
-        _launch(x.contiguous(), planes, bias, out, form)
+        _launch(x.contiguous(), planes, bias, out, form, splits)
         return out
     parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=x.device)
-    _launch(x.contiguous(), planes, None, parts, form)
+    _launch(x.contiguous(), planes, None, parts, form, splits)
     return add_splits(parts, bias, out)
 
 
-def _launch(x: Tensor, planes: Planes, bias: Tensor | None, out: Tensor, form: Form) -> None:
-    splits = form.splits(planes)
+def _launch(
+    x: Tensor, planes: Planes, bias: Tensor | None, out: Tensor, form: Form, splits: int
+) -> None:
     grid = (
         triton.cdiv(len(x), form.block_m),
         triton.cdiv(planes.rows, form.block_n),
@@ -279,7 +289,7 @@ def variants() -> tuple[Variant, ...]:
         for form in (_ONE_ROW, _FEW[0], _FEW[-1], _MANY[0]):
             constants = {"LAYOUT": layout, "BLOCK_M": form.block_m, "BLOCK_N": form.block_n}
             signature = {
-                **dict.fromkeys(("out",), "*fp32" if form.may_split else "*bf16"),
+                **dict.fromkeys(("out",), "*bf16" if form is _MANY[0] else "*fp32"),
                 "x": "*bf16",
                 "bias": "constexpr",
                 "low": _UNIT_TYPES[layout.low_bits],

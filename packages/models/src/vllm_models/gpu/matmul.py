@@ -98,7 +98,7 @@ def matmul_tiles(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """[M, K] times the transposed [N, K], in an order of sums that M does not change."""
     num_rows, columns = weight.shape
     blocks = triton.cdiv(columns, _BLOCK_K)
-    splits = num_splits(num_rows, _BLOCK_N, blocks)
+    splits = num_splits(triton.cdiv(num_rows, _BLOCK_N), blocks)
     grid = (triton.cdiv(len(x), _BLOCK_M), triton.cdiv(num_rows, _BLOCK_N), splits)
     sizes = (len(x), num_rows, columns, triton.cdiv(blocks, splits))
     out = x.new_empty(len(x), num_rows)
@@ -156,7 +156,7 @@ def matmul_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     blocks = triton.cdiv(columns, _ROWS_K)
     block_m = triton.next_power_of_2(max(1, len(x)))
     block_n = _ROWS_N if block_m <= 2 else _ROWS_N // 2 if block_m == 4 else _ROWS_N // 4
-    splits = num_splits(num_rows, block_n, blocks)
+    splits = num_splits(triton.cdiv(num_rows, block_n), blocks)
     sizes = (len(x), num_rows, columns, triton.cdiv(blocks, splits))
     out = x.new_empty(len(x), num_rows)
     parts = out if splits == 1 else _parts(splits, out)

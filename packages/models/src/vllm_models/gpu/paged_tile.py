@@ -9,19 +9,29 @@ A head is read in two parts, the largest power of two and what is left: 576 = 51
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = 1.4426950408889634
-NOTHING = -1.0e30  # a maximum below all scores, and still a number
-_TO_BF16 = tl.constexpr(2.0**120)
+from vllm_models.gpu.dot import add_dot
+
+_LOG2_E = math.log2(math.e)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def tile_rows(
-    table, first, end, head, NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
+    table,
+    first,
+    end,
+    head,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Places of TILE positions in the KV seen as [B * K * P, D]; `first` is a multiple of TILE."""
     offsets = tl.arange(0, TILE)
@@ -58,15 +68,46 @@ def load_part(
 
 @triton.jit
 def as_element(numbers, ELEMENT: tl.constexpr):
-    """Numbers of the KV in the type of the queries; bytes are those of float8_e4m3fn.
-
-    As bfloat16 the seven lower bits are a number 2^120 times too small.
-    """
+    """Numbers of the KV in the type of the queries; bytes are those of float8_e4m3fn."""
     if numbers.dtype == tl.uint8:
-        wide = numbers.to(tl.int16)
-        bits = ((wide & 0x80) << 8) | ((wide & 0x7F) << 4)
-        return (bits.to(tl.bfloat16, bitcast=True) * _TO_BF16).to(ELEMENT)
+        return _from_float8(numbers, ELEMENT)
+    if numbers.dtype == tl.int8:
+        return numbers.to(tl.float32).to(ELEMENT)
     return numbers.to(ELEMENT)
+
+
+@triton.jit
+def _from_float8(numbers, ELEMENT: tl.constexpr):
+    """Sign and other bits moved to where wider types have them are a number 2^120 times too small.
+
+    Four at a time: the bytes become the upper bytes of halves, the seven bits move down by four.
+    """
+    if _INTERPRETED or ELEMENT != tl.bfloat16:
+        bits = numbers.to(tl.int32)
+        wide = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+        return (wide.to(tl.float32, bitcast=True) * 1.329227995784916e36).to(ELEMENT)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 low, high, sign, scale, zero;
+        mov.b32 scale, 0x7b807b80;
+        mov.b32 zero, 0x80008000;
+        prmt.b32 low, $2, 0, 0x1404;
+        prmt.b32 high, $2, 0, 0x3424;
+        and.b32 sign, low, 0x80008000;
+        shr.b32 low, low, 4;
+        lop3.b32 low, low, 0x07f007f0, sign, 0xea;
+        fma.rn.bf16x2 $0, low, scale, zero;
+        and.b32 sign, high, 0x80008000;
+        shr.b32 high, high, 4;
+        lop3.b32 high, high, 0x07f007f0, sign, 0xea;
+        fma.rn.bf16x2 $1, high, scale, zero;
+        }""",
+        "=r,=r,r",
+        [numbers],
+        dtype=tl.bfloat16,
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit
@@ -121,10 +162,11 @@ def attend_tile(
     positions = first + tl.arange(0, TILE)
     there = positions < end
     k = as_element(load_part(keys, rows, there, DIM, 0, MAIN, DIM, MASKED), element)
-    products = tl.dot(q, tl.trans(k), input_precision="ieee")
+    products = tl.zeros([q.shape[0], TILE], dtype=tl.float32)
+    products = add_dot(products, q, tl.trans(k))
     if REST > 0:
         k_rest = as_element(load_part(keys, rows, there, DIM, MAIN, REST, DIM, MASKED), element)
-        products = tl.dot(q_rest, tl.trans(k_rest), products, input_precision="ieee")
+        products = add_dot(products, q_rest, tl.trans(k_rest))
     scores = scaled(products, key_scales, rows, there, scale, soft_cap, HAS_CAP)
     if MASKED:
         seen = positions[None, :] < high[:, None]
@@ -144,13 +186,16 @@ def attend_tile(
     else:
         v = load_part(values, rows, there, VALUE_STRIDE, 0, VALUE_MAIN, VALUE_DIM, MASKED)
         v = as_element(v, element)
-    acc = tl.dot(weights, v, acc, input_precision="ieee")
+    acc = add_dot(acc, weights, v)
     if VALUE_REST > 0:
-        v_rest = load_part(
-            values, rows, there, VALUE_STRIDE, VALUE_MAIN, VALUE_REST, VALUE_DIM, MASKED
-        )
-        acc_rest = acc_rest * shrink[:, None]
-        acc_rest = tl.dot(weights, as_element(v_rest, element), acc_rest, input_precision="ieee")
+        if IS_SHARED and VALUE_DIM == DIM:
+            v_rest = k_rest
+        else:
+            v_rest = load_part(
+                values, rows, there, VALUE_STRIDE, VALUE_MAIN, VALUE_REST, VALUE_DIM, MASKED
+            )
+            v_rest = as_element(v_rest, element)
+        acc_rest = add_dot(acc_rest * shrink[:, None], weights, v_rest)
     return acc, acc_rest, above, total
 
 
@@ -178,16 +223,24 @@ def store_part(
 
 def parts_of(width: int) -> tuple[int, int]:
     """The largest power of two within a width, and one that holds what is left (0 or >= 16)."""
-    main = 1 << (width.bit_length() - 1)
+    main = max(16, 1 << (width.bit_length() - 1))
     rest = width - main
-    return main, max(16, triton.next_power_of_2(rest)) if rest else 0
+    return main, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
 
 
-def factors(scale: float, soft_cap: float) -> tuple[float, float]:
-    """The scale and the cap of `scaled`, for scores in powers of two."""
-    if soft_cap:
-        return 2 * LOG2_E * scale / soft_cap, soft_cap * LOG2_E
-    return scale * LOG2_E, 0.0
+class Scoring(NamedTuple):
+    """How queries and keys make weights; see `paged_attention`."""
+
+    scale: float
+    soft_cap: float
+    sinks: Tensor | None
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """The scale and the cap of `scaled`."""
+        if self.soft_cap:
+            return 2 * _LOG2_E * self.scale / self.soft_cap, self.soft_cap * _LOG2_E
+        return self.scale * _LOG2_E, 0.0
 
 
 def as_stored(data: Tensor) -> Tensor:
@@ -215,3 +268,43 @@ def dims(
         **{"VALUE_DIM": value_dim, "VALUE_STRIDE": dim if is_shared else value_dim},
         **{"VALUE_MAIN": value_main, "VALUE_REST": value_rest},
     }
+
+
+class Shape(NamedTuple):
+    """A layer of a real model, for `variants`."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    dim: int
+    value_dim: int
+    is_shared: bool = False
+    has_window: bool = False
+    has_cap: bool = False
+    has_sinks: bool = False
+
+    @property
+    def group(self) -> int:
+        """Heads that share a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def arguments(self, pool: str) -> tuple[dict[str, str], dict[str, object]]:
+        """Types and constants that decode and prefill share, with blocks of 64 positions."""
+        scales = {} if pool == "bf16" else dict.fromkeys(("key_scales", "value_scales"), "*fp32")
+        sinks = {"sinks": "*bf16"} if self.has_sinks else {}
+        signature = {
+            **dict.fromkeys(("out", "q"), "*bf16"),
+            **dict.fromkeys(("keys", "values"), f"*{pool}"),
+            "tables": "*i32",
+            **dict.fromkeys(("scale", "soft_cap"), "fp32"),
+            **scales,
+            **sinks,
+        }
+        absent = [name for name in ("key_scales", "value_scales") if not scales]
+        absent += [] if sinks else ["sinks"]
+        constants = {
+            **dict.fromkeys(absent),
+            **dims(self.num_kv_heads, 64, self.dim, self.value_dim, self.is_shared),
+            **{"HAS_WINDOW": self.has_window, "HAS_CAP": self.has_cap, "GROUP": self.group},
+        }
+        return signature, constants

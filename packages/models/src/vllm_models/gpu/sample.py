@@ -5,7 +5,9 @@
     token    = first v of the largest score
 
 logits [N, V]; a program takes a tile of a row, and a second kernel the best of the tiles. The same
-launches serve any mix of rows: what a row needs is read on the device.
+launches serve any mix of rows: what a row needs is read on the device. Inside a tile the race is
+run as noise[v] * exp((best logit - logit[v]) / temperature), the smallest first, which saves a
+logarithm per token; tiles compare scores.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_models.gpu.launch import Variant
-from vllm_models.gpu.noise import key_of, log_exponential
-from vllm_models.gpu.truncate import SamplingState, find_thresholds, is_cut
+from vllm_models.gpu.noise import exponential, key_of
+from vllm_models.gpu.sampling_state import SamplingState, is_cut, steepness
+from vllm_models.gpu.truncate import find_thresholds
 
 _TILE = 4096
 
@@ -61,22 +64,24 @@ def _tile_kernel(
     token_ids = tile * TILE + tl.arange(0, TILE)
     there = token_ids < vocab_size
     source = logits + place.to(tl.int64) * stride + token_ids
-    score = tl.load(source, mask=there, other=-float("inf")).to(tl.float32)
-    if temperature > 0:
+    x = tl.load(source, mask=there, other=-float("inf")).to(tl.float32)
+    is_nan = tl.max((x != x).to(tl.int32), axis=0)
+    x = tl.where(x != x, -float("inf"), x)
+    if HAS_THRESHOLDS:
+        is_bounded = is_cut(row, temperatures, top_ks, top_ps, min_ps, vocab_size)
+        threshold = tl.load(thresholds + place, mask=is_bounded, other=-float("inf"))
+        x = tl.where(x < threshold, -float("inf"), x)
+    score, index = tl.max(x, axis=0, return_indices=True)
+    if (temperature > 0) & (tl.abs(score) < float("inf")):
         position = tl.load(positions + place)
         key = key_of(tl.load(seeds + 2 * row), tl.load(seeds + 2 * row + 1), position)
-        score = tl.div_rn(score, tl.zeros_like(score) + temperature)
-        if HAS_THRESHOLDS:
-            if is_cut(row, temperatures, top_ks, top_ps, min_ps, vocab_size):
-                threshold = tl.load(thresholds + place)
-                score = tl.where(score < threshold, -float("inf"), score)
-        score = score - log_exponential(key, token_ids)
-    is_nan = tl.max((score != score).to(tl.int32), axis=0)
-    score = tl.where(score != score, -float("inf"), score)
-    best, index = tl.max(score, axis=0, return_indices=True)
-    best = tl.where(is_nan > 0, float("nan"), best)
+        slowness = tl.exp2(tl.minimum((score - x) * steepness(temperature), 100.0))
+        index = tl.argmin(exponential(key, token_ids) * slowness, axis=0)
+        token_id = tile * TILE + index
+        winner = tl.load(logits + place.to(tl.int64) * stride + token_id).to(tl.float32)
+        score = tl.div_rn(winner, temperature) - tl.log(exponential(key, token_id))
     out = place * tl.num_programs(1) + tile
-    tl.store(best_scores + out, best)
+    tl.store(best_scores + out, tl.where(is_nan > 0, float("nan"), score))
     tl.store(best_ids + out, tile * TILE + index)
 
 
@@ -150,9 +155,7 @@ def variants() -> tuple[Variant, ...]:
         for dtype in ("fp32", "bf16")
     )
     reduced = {"token_ids": "*i64", "scores": "*fp32", **best, "num_tiles": "i32"}
-    return tuple(
-        (*tiles, *(_best(vocab_size, reduced) for vocab_size in (128256, 151936))),
-    )
+    return (*tiles, *(_best(vocab_size, reduced) for vocab_size in (128256, 151936)))
 
 
 def _best(vocab_size: int, signature: dict[str, str]) -> Variant:

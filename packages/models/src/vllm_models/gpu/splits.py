@@ -15,20 +15,19 @@ from torch import Tensor
 from vllm_models.gpu.launch import Variant
 
 _PROGRAMS = 512  # that keep a device's memory busy
-_MAX_SPLITS = 16
+_MAX_SPLITS = 8
 _TILE = 1024
 
 
-def num_splits(rows: int, block_rows: int, blocks: int) -> int:
+def num_splits(programs: int, blocks: int, most: int = _MAX_SPLITS) -> int:
     """Programs that share the columns of a weight.
 
     Args:
-        rows: Of the weight.
-        block_rows: That one program computes.
+        programs: That there are without splits.
         blocks: Of columns, of which each program gets at least two.
+        most: Splits that are worth what their sums cost.
     """
-    wanted = _PROGRAMS // triton.cdiv(rows, block_rows)
-    return max(1, min(wanted, blocks // 2, _MAX_SPLITS))
+    return max(1, min(_PROGRAMS // programs, blocks // 2, most, _MAX_SPLITS))
 
 
 @triton.jit(do_not_specialize=["num_x_rows", "num_rows", "num_parts"])

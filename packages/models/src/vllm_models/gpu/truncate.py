@@ -11,56 +11,25 @@ there up is collected. Rows that need no threshold leave each kernel at once.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_models.gpu.bisect_bits import threshold_of
 from vllm_models.gpu.launch import Variant
+from vllm_models.gpu.sampling_state import SamplingState, is_cut, weights
 
 _TILE = 4096
 _CHUNK = 512  # of a tile, compared with all pivots at once
 _ROOM = 4096  # logits collected per row; with more, the row itself is bisected
 
 _PIVOTS = tl.constexpr(16)
-_REACH = tl.constexpr(40.0)  # in units of temperature below the best, for the first pivots
+_REACH = tl.constexpr(32.0)  # of the first pivots below the best, in units of temperature
 _FIELDS = tl.constexpr(8)  # of a bracket: low, high, above high, least, best, target
-_FIXED = tl.constexpr(1 << 40)  # weights as integers: their sum has no order
-
-
-class SamplingState(NamedTuple):
-    """How every row samples; a row of each tensor per row of the state.
-
-    Attributes:
-        temperatures: [R + 1] float32; 0 is greedy.
-        top_ks: [R + 1] int32; 0 keeps all.
-        top_ps: [R + 1] float32 in (0, 1].
-        min_ps: [R + 1] float32 in [0, 1].
-        seeds: [R + 1, 2] int32: low and high half of a 64-bit seed.
-    """
-
-    temperatures: Tensor
-    top_ks: Tensor
-    top_ps: Tensor
-    min_ps: Tensor
-    seeds: Tensor
-
-
-@triton.jit
-def is_cut(row, temperatures, top_ks, top_ps, min_ps, vocab_size):
-    """Whether a row has a threshold."""
-    top_k = tl.load(top_ks + row)
-    is_limited = (top_k > 0) & (top_k < vocab_size)
-    is_limited = is_limited | (tl.load(top_ps + row) < 1) | (tl.load(min_ps + row) > 0)
-    return is_limited & (tl.load(temperatures + row) > 0)
-
-
-@triton.jit
-def _weights(x, best, temperature):
-    """Probabilities relative to the best token's."""
-    return tl.exp2((x - best) * (1.4426950408889634 / temperature))
+_LOWEST = tl.constexpr(-3.4028234663852886e38)  # of all finite logits
 
 
 @triton.jit
@@ -84,10 +53,10 @@ def _stats_kernel(
         source = logits + place.to(tl.int64) * stride + token_ids
         x = tl.load(source, mask=token_ids < vocab_size, other=-float("inf")).to(tl.float32)
         is_finite = tl.abs(x) < float("inf")
-        best = tl.max(tl.where(is_finite, x, -3.4028234663852886e38), axis=0)
-        least = tl.min(tl.where(is_finite, x, 3.4028234663852886e38), axis=0)
-        weights = _weights(tl.where(is_finite, x, best), best, tl.load(temperatures + row))
-        total = tl.sum(tl.where(is_finite, weights, 0.0), axis=0)
+        best = tl.max(tl.where(is_finite, x, _LOWEST), axis=0)
+        least = tl.min(tl.where(is_finite, x, -_LOWEST), axis=0)
+        mass = weights(tl.where(is_finite, x, best), best, tl.load(temperatures + row))
+        total = tl.sum(tl.where(is_finite, mass, 0.0), axis=0)
         out = tile_stats + (place * tl.num_programs(1) + tile) * 3
         tl.store(out, best)
         tl.store(out + 1, least)
@@ -100,11 +69,12 @@ def _first_bracket(tile_stats, place, num_tiles, temperature, top_k, top_p, voca
     tiles = tl.arange(0, TILES)
     there = tiles < num_tiles
     source = tile_stats + (place * num_tiles + tiles) * 3
-    bests = tl.load(source, mask=there, other=-3.4028234663852886e38)
-    least = tl.min(tl.load(source + 1, mask=there, other=3.4028234663852886e38), axis=0)
+    bests = tl.load(source, mask=there, other=_LOWEST)
+    least = tl.min(tl.load(source + 1, mask=there, other=-_LOWEST), axis=0)
     totals = tl.load(source + 2, mask=there, other=0.0)
     best = tl.max(bests, axis=0)
-    total = tl.sum(totals * _weights(bests, best, temperature), axis=0)
+    bests = tl.where(totals > 0, bests, best)
+    total = tl.sum(totals * weights(bests, best, temperature), axis=0)
     is_counted = (top_k > 0) & (top_k < vocab_size)
     target = tl.where(is_counted, top_k.to(tl.float32), top_p * total)
     return -float("inf"), best, 0.0, least, best, target
@@ -112,12 +82,17 @@ def _first_bracket(tile_stats, place, num_tiles, temperature, top_k, top_p, voca
 
 @triton.jit
 def _pivots(low, high, least, best, temperature, IS_FIRST: tl.constexpr):
-    """Values from the lower end of a bracket upwards, the upper end itself not among them."""
-    bottom = tl.maximum(low, least)
+    """Values from the lower end of a bracket upwards, the upper end itself not among them.
+
+    The kernel that measures and the one that reads the measures must get the same bits, however
+    their compilations join products and sums: each step here has one rounding.
+    """
+    bottom = tl.maximum(tl.maximum(low, least), tl.maximum(high, 0.0) + _LOWEST)
     if IS_FIRST:
         bottom = tl.maximum(bottom, best - _REACH * temperature)
+    bottom = tl.minimum(bottom, high)
     share = tl.arange(0, _PIVOTS).to(tl.float32) / _PIVOTS
-    return tl.minimum(bottom * (1 - share) + high * share, high)
+    return tl.minimum(tl.fma(share, high - bottom, bottom), high)
 
 
 @triton.jit
@@ -203,8 +178,8 @@ def _measure_kernel(
                 token_ids = first + tl.arange(0, CHUNK)
                 x = tl.load(source + token_ids, mask=token_ids < vocab_size, other=-float("inf"))
                 x = x.to(tl.float32)
-                weights = tl.where(is_counted, 1.0, _weights(x, best, temperature))
-                sums += tl.where(x[None, :] > pivots[:, None], weights[None, :], 0.0)
+                amount = tl.where(is_counted, 1.0, weights(x, best, temperature))
+                sums += tl.where(x[None, :] > pivots[:, None], amount[None, :], 0.0)
             out = measured + (place * num_tiles + tile) * _PIVOTS
             tl.store(out + tl.arange(0, _PIVOTS), tl.sum(sums, axis=1))
 
@@ -260,80 +235,6 @@ def _collect_kernel(
 
 
 @triton.jit
-def _ordered(x):
-    """The bits of a float as an integer of the same order; its own inverse on those bits."""
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-
-
-@triton.jit
-def _float_of(ordered):
-    bits = ordered.to(tl.int32)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _above(source, size, pivot, best, temperature, is_counted, CHUNK: tl.constexpr):
-    """Number, or mass in fixed point, of the logits greater than a pivot."""
-    total = tl.zeros((CHUNK,), dtype=tl.int64)
-    for first in range(0, size, CHUNK):
-        offsets = first + tl.arange(0, CHUNK)
-        x = tl.load(source + offsets, mask=offsets < size, other=-float("inf")).to(tl.float32)
-        is_above = x > pivot
-        weights = _weights(tl.where(is_above, x, best), best, temperature) * _FIXED
-        amount = tl.where(is_counted, tl.full((CHUNK,), 1, tl.int64), weights.to(tl.int64))
-        total += tl.where(is_above, amount, 0)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
-def _bisect(
-    source, size, low, high, target, best, temperature, is_counted, CHUNK: tl.constexpr
-):
-    """The smallest float above which there is less than the target; low < it <= high, ordered."""
-    while high - low > 1:
-        middle = low + (high - low) // 2
-        pivot = _float_of(middle)
-        above = _above(source, size, pivot, best, temperature, is_counted, CHUNK)
-        is_enough = above < target
-        high = tl.where(is_enough, middle, high)
-        low = tl.where(is_enough, low, middle)
-    return high
-
-
-@triton.jit
-def _threshold(
-    source,
-    size,
-    low,
-    high,
-    missing,
-    best,
-    temperature,
-    top_p,
-    is_counted,
-    CHUNK: tl.constexpr,
-):
-    """The threshold of top-k, top-p, or top-p of what top-k leaves.
-
-    `missing` is the target less what is above everything in the source.
-    """
-    scale = tl.where(is_counted, 1.0, _FIXED * 1.0)
-    target = (missing * scale).to(tl.int64)
-    found = _bisect(
-        source, size, _ordered(low), _ordered(high), target, best, temperature, is_counted, CHUNK
-    )
-    if is_counted & (top_p < 1):
-        below = found - 1
-        mass = _above(source, size, _float_of(below), best, temperature, False, CHUNK)
-        target = (mass.to(tl.float32) * top_p).to(tl.int64)
-        found = _bisect(
-            source, size, below, _ordered(best), target, best, temperature, False, CHUNK
-        )
-    return _float_of(found)
-
-
-@triton.jit
 def _threshold_kernel(
     thresholds,
     collected,
@@ -359,11 +260,11 @@ def _threshold_kernel(
         is_counted = (top_k > 0) & (top_k < vocab_size)
         threshold = best - float("inf")
         if is_counted | (top_p < 1):
-            low, high, above, least, best, target = _load_bracket(bracket, place)
+            low, high, above, _least, best, target = _load_bracket(bracket, place)
             count = tl.load(counts + place)
             if count <= ROOM:
                 above = tl.where(is_counted & (top_p < 1), 0.0, above)
-                threshold = _threshold(
+                threshold = threshold_of(
                     collected + place.to(tl.int64) * ROOM,
                     count,
                     low,
@@ -376,7 +277,7 @@ def _threshold_kernel(
                     ROOM,
                 )
             else:
-                threshold = _threshold(
+                threshold = threshold_of(
                     logits + place.to(tl.int64) * stride,
                     vocab_size,
                     low,
@@ -388,14 +289,14 @@ def _threshold_kernel(
                     is_counted,
                     ROOM,
                 )
-        threshold = tl.div_rn(threshold, temperature)
         least_share = tl.log(tl.where(min_p > 0, min_p, 1.0))
-        floor = tl.where(min_p > 0, tl.div_rn(best, temperature) + least_share, threshold)
-        tl.store(thresholds + place, tl.maximum(threshold, floor))
+        floor = tl.where(min_p > 0, best + temperature * least_share, threshold)
+        threshold = tl.where(best > _LOWEST, tl.maximum(threshold, floor), -float("inf"))
+        tl.store(thresholds + place, threshold)
 
 
 def find_thresholds(logits: Tensor, rows: Tensor, state: SamplingState) -> Tensor:
-    """Lowest logit over temperature that stays possible, [N] float32.
+    """Lowest logit that stays possible, [N] float32.
 
     Undefined for rows without top-k, top-p and min-p, and for greedy ones.
 
@@ -444,5 +345,46 @@ def find_thresholds(logits: Tensor, rows: Tensor, state: SamplingState) -> Tenso
 
 
 def variants() -> tuple[Variant, ...]:
-    """For both vocabularies, whose tiles are 32 and 38."""
-    return ()
+    """For both vocabularies and types of logits."""
+    sizes = {(v, triton.next_power_of_2(triton.cdiv(v, _TILE))) for v in (128256, 151936)}
+    return tuple(
+        variant
+        for dtype in ("fp32", "bf16")
+        for variant in (
+            _variant(f"stats-{dtype}", _stats_kernel, dtype, {"TILE": _TILE}, 8),
+            _variant(f"threshold-{dtype}", _threshold_kernel, dtype, {"ROOM": _ROOM}, 8),
+            *(v for size in sorted(sizes) for v in _of_tiles(dtype, *size)),
+        )
+    )
+
+
+def _of_tiles(dtype: str, vocab_size: int, tiles: int) -> tuple[Variant, ...]:
+    """The kernels that read what every tile measured."""
+    name, shared = f"{vocab_size}-{dtype}", {"TILE": _TILE, "TILES": tiles}
+    passes = (("first", True), ("second", False))
+    return (
+        *(
+            _variant(
+                f"measure_{which}-{name}",
+                _measure_kernel,
+                dtype,
+                {"IS_FIRST": is_first, "CHUNK": _CHUNK, **shared},
+                4,
+            )
+            for which, is_first in passes
+        ),
+        _variant(f"collect-{name}", _collect_kernel, dtype, {"ROOM": _ROOM, **shared}, 8),
+    )
+
+
+def _variant(
+    name: str, kernel: Any, dtype: str, constants: dict[str, Any], num_warps: int
+) -> Variant:
+    types = {
+        "logits": f"*{dtype}",
+        **dict.fromkeys(("rows", "top_ks", "counts"), "*i32"),
+        **dict.fromkeys(("vocab_size", "stride"), "i32"),
+    }
+    arguments = [argument for argument in kernel.arg_names if argument not in constants]
+    signature = {argument: types.get(argument, "*fp32") for argument in arguments}
+    return Variant(f"truncate_{name}", kernel, signature, constants, num_warps, no_spills=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vllm_models.gpu.launch import kernels_for
-from vllm_models.kernels.kv_side import KVSide
+from vllm_models.kernels.kv_side import KVSide, quantize
 from vllm_models.native.attention import write_kv
 from vllm_models.native.library import loaded
 
@@ -22,11 +22,11 @@ def kv_write(
         gpu.kv_write(key, value, *keys, *values, slot_mapping)
         return
     if keys.data.dim() > 4:  # in the order of the CPU's kernels
-        write_kv(loaded(), key, value, keys.data, values.data, slot_mapping)
+        write_kv(loaded(), key, value, keys, values, slot_mapping)
         return
-    keys.data.flatten(0, 1).index_copy_(0, slot_mapping, key)
+    keys.put(slot_mapping, key)
     if value is not None:
-        values.data.flatten(0, 1).index_copy_(0, slot_mapping, value)
+        values.put(slot_mapping, value)
 
 
 def reference(
@@ -34,7 +34,13 @@ def reference(
 ) -> None:
     """The textbook form, token by token."""
     size = keys.data.shape[1]
-    for token, slot in enumerate(slot_mapping.tolist()):
-        keys.data[slot // size, slot % size] = key[token]
-        if value is not None:
-            values.data[slot // size, slot % size] = value[token]
+    for side, heads in ((keys, key), (values, value)):
+        for token, slot in enumerate(slot_mapping.tolist()):
+            if heads is None:
+                continue
+            block, offset = divmod(slot, size)
+            if side.scales is None:
+                side.data[block, offset] = heads[token]
+            else:
+                stored, scales = quantize(heads[token], side.data.dtype)
+                side.data[block, offset], side.scales[block, offset] = stored, scales

@@ -187,17 +187,17 @@ def paged_attention(
     if isinstance(prepared, GpuSpans):
         return kernels().paged_attention(q, *keys, *values, prepared, scale, soft_cap, sinks)
     if isinstance(prepared, Spans):
-        return attend(loaded(), q, keys.data, values.data, prepared, scale, soft_cap, sinks)
-    return _attend_all(q, keys.data, values.data, prepared, Scoring(scale, soft_cap, sinks))
+        return attend(loaded(), q, keys, values, prepared, scale, soft_cap, sinks)
+    return _attend_all(q, keys, values, prepared, Scoring(scale, soft_cap, sinks))
 
 
 def _attend_all(
-    q: Tensor, keys: Tensor, values: Tensor, prepared: Prepared, scoring: Scoring
+    q: Tensor, keys: KVSide, values: KVSide, prepared: Prepared, scoring: Scoring
 ) -> Tensor:
     groups, prompts = prepared
     if len(groups) == 1 and groups[0].queries is None:
         return _attend_group(q, keys, values, groups[0], scoring)
-    out = q.new_empty((*q.shape[:2], values.shape[3]))
+    out = q.new_empty((*q.shape[:2], values.data.shape[3]))
     for group in groups:
         members = q.index_select(0, group.queries)
         out.index_copy_(0, group.queries, _attend_group(members, keys, values, group, scoring))
@@ -206,32 +206,34 @@ def _attend_all(
     return out
 
 
-def _attend_group(q: Tensor, keys: Tensor, values: Tensor, group: Group, how: Scoring) -> Tensor:
+def _attend_group(q: Tensor, keys: KVSide, values: KVSide, group: Group, how: Scoring) -> Tensor:
     """The query heads of one kv head stand in the place of query positions: nothing is repeated."""
     num_queries, num_heads, head_dim = q.shape
-    num_kv_heads = keys.shape[2]
+    num_kv_heads, value_dim = keys.data.shape[2], values.data.shape[3]
     folded = q.reshape(num_queries, num_kv_heads, -1, head_dim)  # [G, K, H/K, D]
     shape = (num_queries, -1, num_kv_heads)
-    k = keys.index_select(0, group.blocks).view(*shape, head_dim).transpose(1, 2)  # [G, K, N*P, D]
-    v = values.index_select(0, group.blocks).view(*shape, values.shape[3]).transpose(1, 2)
+    k = keys.dequantized(group.blocks, q.dtype).view(*shape, head_dim).transpose(1, 2)
+    v = values.dequantized(group.blocks, q.dtype).view(*shape, value_dim).transpose(1, 2)
     mask = group.mask.expand(-1, 1, folded.shape[2], -1)
     sinks = None if how.sinks is None else how.sinks.view(num_kv_heads, -1, 1)
     if how.is_plain:
         out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=how.scale)
     else:
         out = _attend(folded, k, v, mask, how._replace(sinks=sinks))
-    return out.reshape(num_queries, num_heads, values.shape[3])
+    return out.reshape(num_queries, num_heads, value_dim)
 
 
-def _attend_prompt(q: Tensor, keys: Tensor, values: Tensor, prompt: Prompt, how: Scoring) -> Tensor:
+def _attend_prompt(q: Tensor, keys: KVSide, values: KVSide, prompt: Prompt, how: Scoring) -> Tensor:
     """Kv heads stand in the place of the batch, and each is shared by its query heads."""
     num_queries, num_heads, head_dim = q.shape
-    num_kv_heads = keys.shape[2]
+    num_kv_heads = keys.data.shape[2]
     length = prompt.context_length
     shared = (num_kv_heads, num_heads // num_kv_heads, length, -1)
     folded = q.transpose(0, 1).reshape(num_kv_heads, -1, num_queries, head_dim)  # [K, H/K, T, D]
-    k = keys.index_select(0, prompt.blocks).flatten(0, 1)[:length].transpose(0, 1)  # [K, L, D]
-    v = values.index_select(0, prompt.blocks).flatten(0, 1)[:length].transpose(0, 1)
+    k, v = (
+        side.dequantized(prompt.blocks, q.dtype).flatten(0, 1)[:length].transpose(0, 1)
+        for side in (keys, values)
+    )  # [K, L, D], [K, L, W]
     if how.is_plain:
         out = F.scaled_dot_product_attention(
             folded,
@@ -282,7 +284,10 @@ def reference(  # noqa: PLR0913 - those of the operator and of `prepare`
     out, place = q.new_empty((*q.shape[:2], values.data.shape[3])), 0
     repeats = q.shape[1] // keys.data.shape[2]
     for row, num_queries, length in spans:
-        k, v = (kv.data[block_tables[row]].flatten(0, 1).float() for kv in (keys, values))
+        k, v = (
+            side.dequantized(block_tables[row], torch.float32).flatten(0, 1).float()
+            for side in (keys, values)
+        )
         for index in range(num_queries):
             end = length - num_queries + index + 1
             seen = slice(max(0, end - window) if window else 0, end)

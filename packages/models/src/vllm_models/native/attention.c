@@ -9,12 +9,14 @@
 #define CHUNK 256   /* positions */
 #define MAX_DIM 576 /* of a key or value head */
 #define ENOUGH 4    /* tasks per thread, below which contexts are split */
+#define EXPANDED 4  /* tiles of int8 that become elements at once: little enough for the first cache */
 
 /* What is the same for a whole call. */
 struct attention {
     void *out;               /* [T, H, value_dim] */
     const void *q;           /* [T, q_stride] units of 32 bits, heads of key_dim one after the other */
     const void *keys, *values;
+    const float *key_scales, *value_scales; /* [B, K, P] of int8, or none */
     const int64_t *tables;   /* [rows, table_width] */
     const float *sinks;      /* [H], or none */
     int64_t q_stride, table_width, num_heads, num_kv_heads, group, key_dim, value_dim, block_size;
@@ -45,6 +47,20 @@ struct plan {
 struct partial {
     float *top, *sum, *value;
 };
+
+/* Where the keys or values of a chunk are, by tile. */
+struct tiles {
+    const char *data[CHUNK / WIDTH];
+    const float *scales[CHUNK / WIDTH]; /* if they are int8 */
+    int is_int8;
+};
+
+INLINE void find_tile(struct tiles *tiles, int tile, const void *data, const float *scales,
+                      int64_t position, int64_t bytes) {
+    tiles->data[tile] = (const char *)data + position * bytes;
+    tiles->scales[tile] = scales ? scales + position : 0;
+    tiles->is_int8 = scales != 0;
+}
 
 INLINE struct partial partial_in(float *memory, int rows) {
     struct partial part = {memory, memory + rows, memory + 2 * rows};
@@ -124,6 +140,7 @@ static int make_plan(const struct attention *a, const int64_t *spans, int64_t nu
 #define DOT vf_dot_bf16
 #define element uint16_t
 #define FROM_FLOAT float_to_bf16
+#define STORE_INT8(to, from) vb_store(to, vb_bf16_of_int8(from))
 #include "attention.h"
 
 #define SUFFIX f32
@@ -131,4 +148,5 @@ static int make_plan(const struct attention *a, const int64_t *spans, int64_t nu
 #define DOT vf_dot_f32
 #define element float
 #define FROM_FLOAT(x) (x)
+#define STORE_INT8(to, from) vf_store(to, vf_load_i8(from))
 #include "attention.h"

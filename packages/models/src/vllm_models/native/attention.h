@@ -5,13 +5,16 @@
      DOT      a + unit products, see simd.h
      element  the type of queries, keys, values and answers
      FROM_FLOAT  float to element
+     STORE_INT8  a vector of int8 to elements, which hold them exactly
 
    KV of a block, with D and W the widths of key and value and units of PER elements:
 
      keys    [K, P/16, D/PER, 16] units: one vector holds the same PER components of 16 tokens
      values  [K, P/PER, W] units: one vector holds PER neighbouring tokens of 16 components
 
-   so neither product needs a sum across lanes. A row is one query of one head; rows that share a
+   so neither product needs a sum across lanes. KV of int8 is in the same order with a byte in the
+   place of an element, beside scales [K, P]: a few tiles at a time become elements, scores are
+   multiplied by the scales of their keys, and weights by those of their values. A row is one query of one head; rows that share a
    KV head are computed together, up to ROWS of them. Every row walks its context in chunks of CHUNK
    absolute positions; each chunk gives a maximum, a sum and a weighted value, and these are merged
    in the order of the chunks. Which rows stand beside a row, and whether its chunks are computed
@@ -77,6 +80,20 @@ INLINE void NAME(weigh)(const uint32_t *const *values, const uint32_t *weights, 
         for (int v = 0; v < vectors; v++) vf_store(value + r * width + v * WIDTH, a[r][v]);
 }
 
+/* Tiles of int8 as elements at `to`: their places are `expanded`. Those up to `end` come next. */
+static void NAME(expand)(const struct tiles *tiles, int first, int last, int end, int64_t count,
+                         element *to, const uint32_t **expanded) {
+    for (int tile = first; tile < last; tile++, to += count) {
+        const char *from = tiles->data[tile];
+        const char *next = tiles->data[tile + EXPANDED < end ? tile + EXPANDED : tile];
+        for (int64_t i = 0; i < count; i += WIDTH * PER) {
+            __builtin_prefetch(next + i);
+            STORE_INT8(to + i, from + i);
+        }
+        expanded[tile] = (const uint32_t *)to;
+    }
+}
+
 static void NAME(all_scores)(const uint32_t *const *keys, const uint32_t *q, int first, int last,
                              int64_t units, int rows, float *scores) {
     for (int r = 0; r < rows;) {
@@ -127,9 +144,50 @@ static void NAME(all_weighted)(const uint32_t *const *values, const uint32_t *we
     }
 }
 
+/* Scores of a chunk's keys, whatever they are stored as. */
+static void NAME(score_chunk)(const struct attention *a, const struct tiles *keys, const uint32_t *q,
+                              int first, int last, int rows, float *scores) {
+    const uint32_t *places[CHUNK / WIDTH];
+    const int64_t units = a->key_dim / PER;
+    for (int tile = first; tile < last; tile++) places[tile] = (const uint32_t *)keys->data[tile];
+    if (!keys->is_int8) {
+        NAME(all_scores)(places, q, first, last, units, rows, scores);
+        return;
+    }
+    element numbers[EXPANDED * WIDTH * MAX_DIM];
+    for (int tile = first, next; tile < last; tile = next) {
+        next = tile + EXPANDED < last ? tile + EXPANDED : last;
+        NAME(expand)(keys, tile, next, last, WIDTH * a->key_dim, numbers, places);
+        NAME(all_scores)(places, q, tile, next, units, rows, scores);
+        for (int i = tile; i < next; i++)
+            for (int r = 0; r < rows; r++) {
+                float *some = scores + r * CHUNK + i * WIDTH;
+                vf_store(some, vf_mul(vf_load(some), vf_load(keys->scales[i])));
+            }
+    }
+}
+
+/* value += weights * values of a chunk, whatever they are stored as. */
+static void NAME(weigh_chunk)(const struct attention *a, const struct tiles *values,
+                              const uint32_t *weights, int first, int last, int rows, float *value) {
+    const uint32_t *places[CHUNK / WIDTH];
+    for (int tile = first; tile < last; tile++) places[tile] = (const uint32_t *)values->data[tile];
+    if (!values->is_int8) {
+        NAME(all_weighted)(places, weights, first, last, a->value_dim, rows, value);
+        return;
+    }
+    element numbers[EXPANDED * WIDTH * MAX_DIM];
+    for (int tile = first, next; tile < last; tile = next) {
+        next = tile + EXPANDED < last ? tile + EXPANDED : last;
+        NAME(expand)(values, tile, next, last, WIDTH * a->value_dim, numbers, places);
+        NAME(all_weighted)(places, weights, tile, next, a->value_dim, rows, value);
+    }
+}
+
 /* Scores to weights: what one row sees of a chunk is [begin, end). */
-static void NAME(soften)(const struct attention *a, float *scores, uint32_t *weights, int first,
-                         int last, int begin, int end, float *top, float *sum) {
+static void NAME(soften)(const struct attention *a, const struct tiles *values, float *scores,
+                         uint32_t *weights, int first, int last, int begin, int end, float *top,
+                         float *sum) {
     if (begin >= end) { /* a row beside it sees something here, this one nothing */
         *top = -INFINITY, *sum = 0.0f;
         memset(weights + first * (WIDTH / PER), 0, (size_t)(last - first) * (WIDTH / PER) * 4);
@@ -154,39 +212,41 @@ static void NAME(soften)(const struct attention *a, float *scores, uint32_t *wei
     for (int tile = first; tile < last; tile++)
         total = vf_add(total, vf_load(scores + tile * WIDTH));
     *sum = vf_sum(total);
+    for (int tile = first; values->is_int8 && tile < last; tile++) {
+        vfloat kept = vf_load(scores + tile * WIDTH);
+        vf_store(scores + tile * WIDTH, vf_mul(kept, vf_load(values->scales[tile])));
+    }
     element *pieces = (element *)weights;
     for (int i = first * WIDTH; i < last * WIDTH; i++) pieces[i] = FROM_FLOAT(scores[i]);
 }
 
 static void NAME(chunk)(const struct attention *a, const struct task *t, int64_t chunk,
                         const uint32_t *q, struct partial *out) {
-    const int64_t units = a->key_dim / PER, tiles = a->block_size / WIDTH;
-    const int64_t key_head = a->block_size * units, value_head = a->block_size / PER * a->value_dim;
-    const int64_t origin = chunk * CHUNK;
+    const int64_t origin = chunk * CHUNK, bytes = a->key_scales ? 1 : sizeof(element);
     const int64_t from = t->begin > origin ? t->begin - origin : 0;
     const int64_t to = t->end - origin < CHUNK ? t->end - origin : CHUNK;
     const int first = (int)(from / WIDTH), last = (int)((to + WIDTH - 1) / WIDTH);
-    const uint32_t *keys[CHUNK / WIDTH], *values[CHUNK / WIDTH];
+    struct tiles keys, values;
     float scores[ROWS * CHUNK];
     uint32_t weights[ROWS * CHUNK / PER];
     for (int tile = first; tile < last; tile++) {
-        int64_t position = origin + tile * WIDTH, inside = position / WIDTH % tiles;
+        int64_t position = origin + tile * WIDTH;
         int64_t block = t->table[position / a->block_size] * a->num_kv_heads + t->kv_head;
-        keys[tile] = (const uint32_t *)a->keys + block * key_head + inside * WIDTH * units;
-        values[tile] = (const uint32_t *)a->values + block * value_head +
-                       inside * (WIDTH / PER) * a->value_dim;
+        int64_t place = block * a->block_size + position % a->block_size;
+        find_tile(&keys, tile, a->keys, a->key_scales, place, a->key_dim * bytes);
+        find_tile(&values, tile, a->values, a->value_scales, place, a->value_dim * bytes);
     }
-    NAME(all_scores)(keys, q, first, last, units, t->rows, scores);
+    NAME(score_chunk)(a, &keys, q, first, last, t->rows, scores);
     for (int r = 0; r < t->rows; r++) {
         int64_t position = t->position + (t->row + r) / a->group;
         int64_t begin = a->window && position + 1 > a->window ? position + 1 - a->window : 0;
         begin = begin > origin + first * WIDTH ? begin - origin : first * WIDTH;
         int64_t end = position + 1 - origin < last * WIDTH ? position + 1 - origin : last * WIDTH;
-        NAME(soften)(a, scores + r * CHUNK, weights + r * (CHUNK / PER), first, last, (int)begin,
-                     (int)end, out->top + r, out->sum + r);
+        NAME(soften)(a, &values, scores + r * CHUNK, weights + r * (CHUNK / PER), first, last,
+                     (int)begin, (int)end, out->top + r, out->sum + r);
         memset(out->value + r * a->value_dim, 0, (size_t)a->value_dim * sizeof(float));
     }
-    NAME(all_weighted)(values, weights, first, last, a->value_dim, t->rows, out->value);
+    NAME(weigh_chunk)(a, &values, weights, first, last, t->rows, out->value);
 }
 
 static void NAME(answer)(const struct attention *a, const struct task *t,
@@ -281,6 +341,7 @@ int NAME(attention_)(const struct attention *a, const int64_t *spans, int64_t nu
 #undef DOT
 #undef element
 #undef FROM_FLOAT
+#undef STORE_INT8
 #undef NAME
 #undef JOIN
 #undef JOIN_

@@ -132,14 +132,14 @@ def pack_grouped(
 
     Args:
         library: The kernels.
-        codes: [outputs, columns] uint8, below 2 ** bits; signed codes are given with their zero
-            added.
+        codes: uint8 [outputs, columns] of 8 bits, or [outputs, columns / 2] of 4, the even columns
+            in the low halves; signed codes are given with their zero added.
         scales: [outputs, G] float16, bfloat16, or float32, which is rounded to float16 unless
             bfloat16 holds it; `fits_groups` says which columns / G can be.
         zero_points: [outputs, G]; integers, or what float16 holds exactly.
         bits: 4 or 8.
     """
-    columns = codes.shape[1]
+    columns = codes.shape[1] * 8 // bits
     scales = _short(scales)
     scales, zero_points, span = _spread(scales, zero_points, columns)
     kind = 1 if scales.dtype == torch.bfloat16 else 0
@@ -147,6 +147,14 @@ def pack_grouped(
     kept = (codes.contiguous(), scales.contiguous(), zero_points.to(torch.float16).contiguous())
     library.grouped_pack(address(weight), *(tensor.data_ptr() for tensor in kept))
     return PackedBlocks(library, [(weight, data)])
+
+
+def turn_awq(library: Library, words: Tensor) -> Tensor:
+    """Codes of an AWQ checkpoint, int32 [K, O/8], as `pack_grouped` wants them: uint8 [O, K/2]."""
+    columns, outputs = len(words), words.shape[1] * 8
+    words, out = words.contiguous(), torch.empty((outputs, columns // 2), dtype=torch.uint8)
+    library.awq_turn(words.data_ptr(), columns, outputs, out.data_ptr())
+    return out
 
 
 def _short(scales: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The linear layers of a mixture of experts as one call: the rows of each expert by its own weight.
 
-Every row has the bits that its expert's `matmul` would give it alone, and the answers of a token are
-added in the order of its choices, so it does not matter which other tokens there are.
+Every row has the bits that its expert's `matmul` would give it alone, and the answers of a token
+are added in the order of its choices, so it does not matter which other tokens there are.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ _FUNCTIONS: dict[str, tuple[tuple[type, ...], type | None]] = {
     "blocks_bytes": ((_POINTER,), _INT),
     "blocks_pack": ((_POINTER, _POINTER), None),
     "grouped_pack": ((_POINTER, _POINTER, _POINTER, _POINTER), None),
+    "awq_turn": ((_POINTER, _INT, _INT, _POINTER), None),
     "blocks_gather": ((_POINTER, _POINTER, _INT, _POINTER), None),
     "attention_bf16": ((_POINTER, _POINTER, _INT), ctypes.c_int),
     "attention_f32": ((_POINTER, _POINTER, _INT), ctypes.c_int),
@@ -50,6 +51,7 @@ _FUNCTIONS: dict[str, tuple[tuple[type, ...], type | None]] = {
     "rotate_heads": ((_POINTER,), None),
     "sort_choices": ((_POINTER,), None),
     "add_answers": ((_POINTER,), None),
+    "choose_tokens": ((_POINTER,), ctypes.c_int),
     "add_numbers": ((_POINTER, _POINTER, _POINTER, _INT, _INT), None),
     "replay": ((_POINTER, _INT), _INT),
     "read_memory": ((_POINTER, _INT), ctypes.c_float),
@@ -103,6 +105,7 @@ class Library:
         self.blocks_bytes = Function(self, "blocks_bytes")
         self.blocks_pack = Function(self, "blocks_pack")
         self.grouped_pack = Function(self, "grouped_pack")
+        self.awq_turn = Function(self, "awq_turn")
         self.blocks_gather = Function(self, "blocks_gather")
         self.attention_bf16 = Function(self, "attention_bf16")
         self.attention_f32 = Function(self, "attention_f32")
@@ -113,6 +116,7 @@ class Library:
         self.rotate_heads = Function(self, "rotate_heads")
         self.sort_choices = Function(self, "sort_choices")
         self.add_answers = Function(self, "add_answers")
+        self.choose_tokens = Function(self, "choose_tokens")
         self.add_numbers = Function(self, "add_numbers")
         self.replay = Function(self, "replay")
         self.read_memory = Function(self, "read_memory")

@@ -149,17 +149,18 @@ static source source_of(int64_t number) {
 }
 
 /* Bits of the codes of some fours, in the planes of one run. */
-INLINE void put_codes(const format *f, const uint8_t tile[FOURS][64], uint8_t *run) {
-    uint8_t *upper = run + 64 * f->low;
-    for (int i = 0; i < FOURS; i++)
-        for (int k = 0; k < 64; k++) {
-            uint8_t code = tile[i][k], rest = (uint8_t)(code >> f->low);
-            if (f->low == 8) run[64 * i + k] = code;
-            if (f->low == 4) run[64 * (i % 4) + k] |= (uint8_t)((code & 15) << i / 4 * 4);
-            if (f->low == 2) run[64 * (i / 4) + k] |= (uint8_t)((code & 3) << i % 4 * 2);
-            if (f->high == 1) upper[k] |= (uint8_t)(rest << i);
-            if (f->high == 2) upper[64 * (i / 4) + k] |= (uint8_t)(rest << i % 4 * 2);
-        }
+INLINE void put_codes(const int low, const int high, const uint8_t tile[FOURS][64],
+                      uint8_t *restrict run) {
+    uint8_t *restrict upper = run + 64 * low;
+    for (int i = 0; i < FOURS; i++) {
+        const uint8_t *restrict codes = tile[i];
+        uint8_t *restrict to = run + 64 * (low == 8 ? i : low == 4 ? i % 4 : i / 4);
+        const int shift = low == 8 ? 0 : low == 4 ? i / 4 * 4 : i % 4 * 2;
+        for (int k = 0; k < 64; k++) to[k] |= (uint8_t)((codes[k] & ((1 << low) - 1)) << shift);
+        for (int k = 0; high == 1 && k < 64; k++) upper[k] |= (uint8_t)(codes[k] >> low << i);
+        for (int k = 0; high == 2 && k < 64; k++)
+            upper[64 * (i / 4) + k] |= (uint8_t)(codes[k] >> low << i % 4 * 2);
+    }
 }
 
 /* Sixteen shares make a record; `to` is zero. */
@@ -180,7 +181,15 @@ static void put_record(const format *f, int64_t span, const share *shares, uint8
         for (int i = 0; i < FOURS; i++)
             for (int place = 0; place < WIDTH; place++)
                 memcpy(tile[i] + 4 * place, shares[place].codes + RUN * run + 4 * i, 4);
-        put_codes(f, tile, to + header_bytes(f, span) + run * run_bytes(f));
+        uint8_t *place = to + header_bytes(f, span) + run * run_bytes(f);
+        switch (10 * f->low + f->high) {
+            case 80: put_codes(8, 0, tile, place); break;
+            case 40: put_codes(4, 0, tile, place); break;
+            case 41: put_codes(4, 1, tile, place); break;
+            case 42: put_codes(4, 2, tile, place); break;
+            case 20: put_codes(2, 0, tile, place); break;
+            case 21: put_codes(2, 1, tile, place); break;
+        }
     }
 }
 
@@ -219,8 +228,8 @@ void blocks_pack(const blocks_weight *w, const uint8_t *from) {
     }
 }
 
-/* The same from codes [outputs][columns], one byte each, and 16-bit scales and f16 zeros
-   [outputs][columns / span]. */
+/* The same from codes [outputs][columns], a byte each or of 4 bits with even columns in the low
+   halves, and 16-bit scales and f16 zeros [outputs][columns / span]. */
 void grouped_pack(const blocks_weight *w, const uint8_t *codes, const uint16_t *scales,
                   const uint16_t *zeros) {
     const format *f = source_of(w->format).format;
@@ -233,8 +242,13 @@ void grouped_pack(const blocks_weight *w, const uint8_t *codes, const uint16_t *
             memset(shares, 0, sizeof shares);
             for (int64_t place = 0; place < smaller(WIDTH, w->outputs - sixteen * WIDTH); place++) {
                 int64_t row = sixteen * WIDTH + place, first = i * per_record;
-                memcpy(shares[place].codes, codes + row * w->columns + i * columns,
-                       (size_t)smaller(columns, w->columns - i * columns));
+                int64_t count = smaller(columns, w->columns - i * columns);
+                const uint8_t *from = codes + (row * w->columns + i * columns) * f->low / 8;
+                for (int64_t c = 0; f->low == 8 && c < count; c++) shares[place].codes[c] = from[c];
+                for (int64_t c = 0; f->low == 4 && c < count; c += 2) {
+                    shares[place].codes[c] = from[c / 2] & 15;
+                    shares[place].codes[c + 1] = from[c / 2] >> 4;
+                }
                 for (int64_t g = first; g < smaller(first + per_record, groups); g++) {
                     shares[place].outer[2 * (g - first)] = scales[row * groups + g];
                     shares[place].outer[2 * (g - first) + 1] = zeros[row * groups + g];

@@ -87,6 +87,18 @@ INLINE vbytes vb_lookup(const uint8_t *table, vbytes x) {
     BOTH(vbytes, _mm256_shuffle_epi8(row, x.a), _mm256_shuffle_epi8(row, x.b));
 }
 
+INLINE __m256i bf16_of_int8_half(const __m128i *p) {
+    __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(p));
+    __m256i even = _mm256_srai_epi32(_mm256_slli_epi32(wide, 16), 16);
+    __m256i low = _mm256_castps_si256(_mm256_cvtepi32_ps(even));
+    __m256i high = _mm256_castps_si256(_mm256_cvtepi32_ps(_mm256_srai_epi32(wide, 16)));
+    return _mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xaa);
+}
+/* 32 signed bytes as bf16, which holds each exactly. */
+INLINE vbytes vb_bf16_of_int8(const void *p) {
+    BOTH(vbytes, bf16_of_int8_half(p), bf16_of_int8_half((const __m128i *)p + 1));
+}
+
 INLINE __m256i dot_half(__m256i a, __m256i w, __m256i x) {
     __m256i pairs = _mm256_maddubs_epi16(w, x);
     return _mm256_add_epi32(a, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

@@ -49,6 +49,11 @@ INLINE vbytes vb_lookup(const uint8_t *table, vbytes a) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(row), a);
 }
 
+/* 32 signed bytes as bf16, which holds each exactly. */
+INLINE vbytes vb_bf16_of_int8(const void *p) {
+    return (vbytes)_mm512_cvtne2ps_pbh(vf_load_i8((const char *)p + 16), vf_load_i8(p));
+}
+
 /* a + the four products of bytes of w, 0..255, with the four signed bytes in x. */
 #define DOT_WIDE_OFFSET 0
 INLINE vint vi_dot(vint a, vbytes w, int32_t x) {

@@ -98,6 +98,21 @@ INLINE vbytes vb_lookup(const uint8_t *table, vbytes x) {
     return vb_load(bytes);
 }
 
+INLINE byte_quarter bf16_of_int8_quarter(const char *p) {
+    uint16_t __attribute__((vector_size(8))) pairs;
+    memcpy(&pairs, p, sizeof pairs);
+    const int_quarter words = (int_quarter)__builtin_convertvector(pairs, word_quarter);
+    const float_quarter even = __builtin_convertvector(
+        (int_quarter)((word_quarter)words << 24) >> 24, float_quarter);
+    const float_quarter odd = __builtin_convertvector(
+        (int_quarter)((word_quarter)words << 16) >> 24, float_quarter);
+    return (byte_quarter)((word_quarter)even >> 16 | ((word_quarter)odd & 0xffff0000));
+}
+/* 32 signed bytes as bf16, which holds each exactly. */
+INLINE vbytes vb_bf16_of_int8(const void *p) {
+    QUARTERS(vbytes, bf16_of_int8_quarter((const char *)p + 8 * q));
+}
+
 /* Two signed bytes, one to each half of every word. */
 INLINE short_quarter pair_of(int8_t first, int8_t second) {
     return (short_quarter)((int_quarter){0} + (int32_t)((uint16_t)first | (uint32_t)second << 16));

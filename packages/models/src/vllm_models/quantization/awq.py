@@ -14,6 +14,8 @@ from torch import Tensor
 
 from vllm_models.components.linear import Linear, LinearMethod, Place
 from vllm_models.json_fields import JsonFields
+from vllm_models.native.blocks import turn_awq
+from vllm_models.native.library import library_for_blocks
 from vllm_models.quantization.grouped import (
     SCALE_KINDS,
     Grouped,
@@ -31,7 +33,13 @@ def unpack_awq(words: Tensor) -> Tensor:
 
 
 def repack_awq(words: Tensor) -> Tensor:
-    """int32 [K, O/8] -> codes uint8 [O, K/2], two rows becoming one byte before they are moved."""
+    """int32 [K, O/8] -> codes uint8 [O, K/2]."""
+    library = library_for_blocks(words)
+    return _turned(words) if library is None else turn_awq(library, words)
+
+
+def _turned(words: Tensor) -> Tensor:
+    """Two rows become one byte before they are moved."""
     stored = word_bytes(words)  # [K, O/2]
     even, odd = stored[::2], stored[1::2]
     low, high = (even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)

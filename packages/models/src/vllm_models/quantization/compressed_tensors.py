@@ -148,10 +148,9 @@ class CompressedTensorsFormat(Format):
         Raises:
             ModelError: It asks for something that is not supported.
         """
-        for name in ("kv_cache_scheme", "transform_config"):
-            child = fields.child(name)
-            if child is not None and child.values:
-                raise ModelError(f"{fields.source}: {name!r} is not supported.")
+        transform = fields.child("transform_config")
+        if transform is not None and transform.values:
+            raise ModelError(f"{fields.source}: 'transform_config' is not supported.")
         sparsity = fields.child("sparsity_config")
         if sparsity is not None and sparsity.values:
             one_of(sparsity, "format", sparsity.get("format", str, "dense"), ("dense",))

@@ -146,8 +146,7 @@ class Grouped(Tiled):
         scales = layer.scales[rows]
         middle = torch.tensor(1 << (self.bits - 1), dtype=torch.uint8)
         zeros = layer.zeros[rows] if self.has_zeros else middle.expand_as(scales)
-        codes = unpack_codes(layer.codes[rows], self.bits)
-        return pack_grouped(library, codes, scales, zeros, self.bits)
+        return pack_grouped(library, layer.codes[rows], scales, zeros, self.bits)
 
     def _pack_for_gpu(self, layer: Linear) -> None:
         segments = [

@@ -5,6 +5,7 @@ Knows how integers with scales get there; what a format's own bytes mean is told
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -37,24 +38,31 @@ class GpuWeight:
     """Implements `Packed`.
 
     Args:
-        layer: Whose weight it is; says whether the order of sums is fixed.
-        segments: From its first row to its last.
+        layer: Says whether the order of sums is fixed; not kept alive.
+        segments: From the first row of the weight to its last.
     """
 
     def __init__(self, layer: Linear, segments: Sequence[GpuSegment]) -> None:
-        self._layer = layer
+        self._layer = weakref.ref(layer)
         self.segments = tuple(segments)
+
+    def move(self, planes: Sequence[Planes]) -> None:
+        """Hold the same weights in other memory, such as a part of all experts' together."""
+        layer, pairs = self._layer(), zip(self.segments, planes, strict=True)
+        assert layer is not None, "weights of a layer that is gone"
+        keep_on_gpu(layer, [segment._replace(planes=own) for segment, own in pairs], ())
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[T, K] -> [T, O], in the element type of x."""
-        kernels = _kernels(x)
-        out = x.new_empty(len(x), self._layer.out_features)
+        kernels, layer = _kernels(x), self._layer()
+        assert layer is not None, "a product with a layer that is gone"
+        out = x.new_empty(len(x), self.segments[-1].rows.stop)
         for rows, order, planes in self.segments:
             is_fp8 = planes.layout.number == "e4m3"
             multiply = kernels.fp8_matmul if is_fp8 else kernels.grouped_matmul
             ordered = x if order is None else x.index_select(1, order)
             some = None if bias is None else bias[rows]
-            multiply(ordered, planes, some, out[:, rows], self._layer.fixed_order)
+            multiply(ordered, planes, some, out[:, rows], layer.fixed_order)
         return out
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -93,7 +101,7 @@ def keep_on_gpu(layer: Linear, segments: Sequence[GpuSegment], replaced: Sequenc
         for name, tensor in segment.planes._asdict().items():
             if isinstance(tensor, Tensor):
                 setattr(layer, f"{name}_{index}", nn.Parameter(tensor, requires_grad=False))
-    layer.packed = GpuWeight(layer, segments)
+    layer.packed = GpuWeight(getattr(layer, "whole", layer), segments)
 
 
 def in_tiles(make: Callable[[slice], Planes], rows: int, columns: int) -> Planes:

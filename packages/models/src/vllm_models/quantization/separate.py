@@ -40,8 +40,13 @@ class _PartAlone:
         self.packed = packed
 
     @property
+    def whole(self) -> Linear:
+        """The layer that this is a part of."""
+        return self._layer
+
+    @property
     def fixed_order(self) -> bool:
-        """The layer's."""
+        """As the layer's."""
         return self._layer.fixed_order
 
     def __getattr__(self, name: str) -> Any:

@@ -129,4 +129,4 @@ def token_ids_and_context(
 def _prepare(spans: Sequence[Span], rows: Rows, kv: KVPool, window: int) -> Prepared | Spans:
     if kv.layout == "native":
         return prepare_native(spans, rows.tables, window)
-    return prepare(spans, rows.tables, rows.block_size, kv.dtype, window)
+    return prepare(spans, rows.tables, rows.block_size, kv.compute_dtype, window)

@@ -24,7 +24,8 @@ class MemoryReport:
         block_size: Positions per block.
         bytes_per_block: Of all layers together.
         weight_bytes: Size of the parameters.
-        dtype: Element type of weights, activations and KV.
+        dtype: Element type of weights and activations.
+        kv_dtype: What is stored of keys and values.
         device: Where they are.
         max_model_len: Longest sequence in tokens.
         notes: What was decided for the user, in sentences.
@@ -35,6 +36,7 @@ class MemoryReport:
     bytes_per_block: int
     weight_bytes: int
     dtype: str
+    kv_dtype: str
     device: str
     max_model_len: int
     notes: tuple[str, ...] = ()
@@ -59,7 +61,7 @@ def plan_memory(
     options: BackendOptions,
     config: ModelConfig,
     groups: Sequence[KVGroup],
-    device: torch.device,
+    target: tuple[torch.dtype, torch.device],
     weight_bytes: int,
     step_bytes: int | None = None,
 ) -> MemoryReport:
@@ -69,7 +71,7 @@ def plan_memory(
         options: What was asked for.
         config: Shape of the model.
         groups: What its layers keep of a block.
-        device: Where everything is.
+        target: What is computed in, and where everything is.
         weight_bytes: What the weights take there.
         step_bytes: What the largest step takes beside them, if it was measured.
 
@@ -77,9 +79,10 @@ def plan_memory(
         ConfigError: The longest sequence asked for is beyond the model or the blocks asked for.
         DeviceError: What was asked for does not fit; the message names what does.
     """
+    dtype, device = target
     bytes_per_block = sum(group.bytes_per_block for group in groups)
     if step_bytes is None:
-        step_bytes = _step_bytes(options, config, groups)
+        step_bytes = _step_bytes(options, config, groups, dtype)
     fitting = _fitting_bytes(options, device, weight_bytes, step_bytes) // bytes_per_block
     wanted_len = _wanted_len(options, config)
     num_blocks = options.num_blocks
@@ -93,7 +96,8 @@ def plan_memory(
         block_size=options.block_size,
         bytes_per_block=bytes_per_block,
         weight_bytes=weight_bytes,
-        dtype=groups[0].dtype,
+        dtype=str(dtype).removeprefix("torch."),
+        kv_dtype=groups[0].dtype,
         device=str(device),
         max_model_len=max_model_len,
         notes=(*notes, *_window_notes(groups, max_model_len)),
@@ -109,12 +113,13 @@ def _fitting_bytes(
     return max(0, int(budget) - step_bytes)
 
 
-def _step_bytes(options: BackendOptions, config: ModelConfig, groups: Sequence[KVGroup]) -> int:
+def _step_bytes(
+    options: BackendOptions, config: ModelConfig, groups: Sequence[KVGroup], dtype: torch.dtype
+) -> int:
     """An estimate of what the largest step takes: activations and logits."""
     heads = max((config.num_heads + 2 * group.num_kv_heads) * group.key_dim for group in groups)
-    element = getattr(torch, groups[0].dtype).itemsize
     widest = max(heads, 2 * config.intermediate_size, config.hidden_size)
-    activations = options.max_batch_tokens * widest * _ACTIVATION_WIDTHS * element
+    activations = options.max_batch_tokens * widest * _ACTIVATION_WIDTHS * dtype.itemsize
     return activations + 3 * options.max_sequences * config.vocab_size * 4
 
 

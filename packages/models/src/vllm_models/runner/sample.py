@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from vllm_traits import SamplingParams, TokenLogprobs
 
+from vllm_models.native.choose import choose
+from vllm_models.native.library import Library, library_for
 from vllm_models.runner import noise
 from vllm_models.runner.edits import Target, apply_edits
 from vllm_models.runner.logprobs import describe
@@ -79,6 +81,9 @@ def _draw(
     logits: Tensor, targets: Sequence[Target], params: Sequence[SamplingParams]
 ) -> tuple[Tensor, Tensor]:
     """Winning score and token of every row, each row by the cheapest way that is exact."""
+    library = library_for(logits)
+    if library is not None:
+        return _draw_native(library, logits, targets, params)
     race = [i for i, p in enumerate(params) if p.temperature > 0]
     if not race:
         return tuple(logits.max(-1))
@@ -90,12 +95,38 @@ def _draw(
     return best.index_copy(0, place, winners[0]), token_ids.index_copy(0, place, winners[1])
 
 
+def _draw_native(
+    library: Library, logits: Tensor, targets: Sequence[Target], params: Sequence[SamplingParams]
+) -> tuple[Tensor, Tensor]:
+    """The same, where whatever is not cut is one call of a kernel."""
+    cut = [i for i, p in enumerate(params) if p.temperature > 0 and _is_cut(p)]
+    if len(cut) == len(params):
+        return _race(logits, targets, params)
+    whole = sorted(set(range(len(params))) - set(cut))
+    temperatures = torch.tensor([params[i].temperature for i in whole], dtype=torch.float32)
+    keys = noise.keys(((targets[i].row.seed, targets[i].length) for i in whole), logits.device)
+    rows = torch.tensor(whole, dtype=torch.int64)
+    best, token_ids = choose(library, logits, rows, temperatures, keys)
+    if not cut:
+        return best, token_ids
+    place = torch.tensor(cut, dtype=torch.int64)
+    winners = _race(logits[place], [targets[i] for i in cut], [params[i] for i in cut])
+    found = torch.empty(len(params)), torch.empty(len(params), dtype=torch.int64)
+    for out, chosen, raced in zip(found, (best, token_ids), winners, strict=True):
+        out[rows], out[place] = chosen, raced
+    return found
+
+
+def _is_cut(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+
+
 def _race(
     logits: Tensor, targets: Sequence[Target], params: Sequence[SamplingParams]
 ) -> tuple[Tensor, Tensor]:
     keys = noise.keys(((t.row.seed, t.length) for t in targets), logits.device)
     scaled = logits / _column([p.temperature for p in params], logits)[:, None]
-    cut = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
+    cut = [i for i, p in enumerate(params) if _is_cut(p)]
     if len(cut) == len(params):
         return _race_cut(scaled, keys, params)
     everyone = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)[None]

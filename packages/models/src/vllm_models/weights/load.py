@@ -27,6 +27,7 @@ from vllm_models.weights.checkpoint import Checkpoint
 from vllm_models.weights.saved import PLAIN_KINDS, SavedTensor
 
 _MAX_LISTED = 20
+_KV_SCALES = ("k_scale", "v_scale", "kv_scale")
 _ADVICE = "Download the checkpoint again, or save it again from its source."
 
 
@@ -206,6 +207,7 @@ class _Filling:
     def __init__(self, model: Decoder) -> None:
         self._model = model
         self._places: dict[str, tuple[_Owner, Place]] = {}
+        self._paths = {path for path, _ in model.named_modules() if path.endswith("attn")}
         collections = _collections(model)
         for path, module in model.named_modules():
             owner = _Owner(module, collections.get(module))
@@ -223,6 +225,9 @@ class _Filling:
         faults = _Faults()
         for tensor in saved:
             name = self._spelled(tensor.name)
+            if self._is_kv_scale(tensor):
+                place = Place(tensor.shape, PLAIN_KINDS, _check_finite, optional=True)
+                self._places[name] = (_Owner(nn.Module()), place)
             if name not in self._places:
                 faults.note_unexpected(name, tensor)
                 continue
@@ -245,10 +250,24 @@ class _Filling:
             raise ModelError(f"{tensor.source}: {tensor.name} {error}. {_ADVICE}") from error
         owner.take(name)
 
+    def _is_kv_scale(self, tensor: SavedTensor) -> bool:
+        """Whether a tensor is one scale for all the keys or values of a layer, which its maker chose
+        for a KV cache of FP8. It is read and not used: scales here are of a position and head.
+        """
+        path, _, name = self._spelled(tensor.name).rpartition(".")
+        if name not in _KV_SCALES or tensor.shape not in ((), (1,)):
+            return False
+        return path in self._paths or path.rpartition(".")[0] in self._paths
+
     def _spelled(self, name: str) -> str:
         """Checkpoints of embedding models leave out the prefix of the body."""
         known = name in self._places or f"model.{name}" not in self._places
         return name if known else f"model.{name}"
+
+
+def _check_finite(tensor: torch.Tensor) -> None:
+    if not tensor.isfinite().all():
+        raise ValueError("holds values that are not numbers")
 
 
 def _collections(model: nn.Module) -> dict[nn.Module, _Collection]:

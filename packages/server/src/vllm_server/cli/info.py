@@ -27,7 +27,7 @@ def run(argv: Sequence[str]) -> int:
 
     path = find_model(configuration.settings.engine, parsed.name)
     engine = configuration.settings.engine
-    found = describe(path, engine.dtype, engine.device)
+    found = describe(path, engine.dtype, engine.device, engine.kv_cache_dtype)
     print(json.dumps(_fields(found)) if parsed.json else _table(found))
     return 0
 
@@ -52,7 +52,7 @@ def _fields(found: Description) -> dict[str, Any]:
             }
             for group in found.groups
         },
-        "kv_dtype": found.dtype,
+        "kv_dtype": found.kv_dtype,
         "kv_bytes_per_token": found.kv_bytes_per_token,
         "device": found.device,
         "free_bytes": found.free_bytes,
@@ -78,7 +78,7 @@ def _table(found: Description) -> str:
         [
             *lines,
             _line("context", f"{c.max_position:,} tokens"),
-            _line("KV cache", f"{_size(found.kv_bytes_per_token)} per token in {found.dtype}"),
+            _line("KV cache", f"{_size(found.kv_bytes_per_token)} per token in {found.kv_dtype}"),
             _line("this machine", _verdict(found)),
         ]
     )

@@ -23,11 +23,30 @@ def check(configuration: Configuration) -> Configuration:
     Raises:
         ConfigError: Two settings contradict each other, or a named file is missing.
     """
+    configuration = _with_kv_cache_dtype(configuration)
     settings = configuration.settings
     _check_model(settings.engine)
     _check_files(settings)
     num_keys = len(KeyRing(settings.auth, settings.server.hardened))
     return _hardened(configuration, num_keys) if settings.server.hardened else configuration
+
+
+def _with_kv_cache_dtype(configuration: Configuration) -> Configuration:
+    """The two switches that stand for a type of the KV cache, as that type."""
+    engine, origins = configuration.settings.engine, dict(configuration.origins)
+    switches = {"kv_quantization": "int8", "fp8_kvcache": "fp8"}
+    wanted = {dtype: name for name, dtype in switches.items() if getattr(engine, name)}
+    if engine.kv_cache_dtype != "auto" or "engine.kv_cache_dtype" in origins:
+        wanted[engine.kv_cache_dtype] = "kv_cache_dtype"
+    if len(wanted) > 1:
+        asked = " and ".join(f"engine.{name} ({dtype})" for dtype, name in wanted.items())
+        raise ConfigError(f"{asked} contradict each other; keep one of them.")
+    for dtype, name in wanted.items():
+        engine = replace(engine, kv_cache_dtype=dtype)
+        if origin := origins.get(f"engine.{name}"):
+            origins["engine.kv_cache_dtype"] = origin
+    settings = replace(configuration.settings, engine=engine)
+    return replace(configuration, settings=settings, origins=origins)
 
 
 def _check_model(engine: EngineSettings) -> None:

@@ -141,11 +141,21 @@ class EngineSettings:
     device: str = setting("auto", "Where the model runs.", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = setting(
         "auto",
-        "Element type of weights and KV cache.",
+        "Element type of weights, and of the KV cache unless `kv_cache_dtype` says more.",
         choices=(
             "auto", "bf16", "f16", "f32", "bfloat16", "float16", "half", "float32", "float",
         ),
     )  # fmt: skip
+    kv_cache_dtype: str = setting(
+        "auto",
+        "How keys and values are kept: `auto` is the type of the weights; `int8` and `fp8` (CUDA) "
+        "take half of bf16, with a scale per position and head.",
+        choices=("auto", "int8", "fp8"),
+    )
+    kv_quantization: bool = setting(
+        False, "Same as `kv_cache_dtype: int8`.", env=("VLLM_KV_QUANTIZATION",)
+    )
+    fp8_kvcache: bool = setting(False, "Same as `kv_cache_dtype: fp8`.")
     enforce_eager: bool = setting(
         False, "Walk through the model's layers in every step; no decode step is recorded."
     )

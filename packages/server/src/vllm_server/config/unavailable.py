@@ -1,7 +1,7 @@
 """Names that other engines and later versions use for features this version does not have.
 
 They are refused with a sentence instead of being accepted and ignored; a value that asks for what
-happens anyway (one device, no quantized cache) passes.
+happens anyway (one device) passes.
 """
 
 from __future__ import annotations
@@ -56,27 +56,6 @@ _OFF = ("false",)
 
 UNAVAILABLE = (
     Unavailable("Speculation with a draft model", ("--draft-model",), ("engine.draft_model",)),
-    Unavailable(
-        "An FP8 KV cache",
-        ("--fp8-kvcache",),
-        ("engine.fp8_kvcache",),
-        neutral=_OFF,
-        switch=True,
-    ),
-    Unavailable(
-        "An INT8 KV cache",
-        ("--kv-quantization",),
-        ("engine.kv_quantization",),
-        ("VLLM_KV_QUANTIZATION",),
-        neutral=("false", "0"),
-        switch=True,
-    ),
-    Unavailable(
-        "A KV cache of another type than the weights",
-        ("--kv-cache-dtype",),
-        ("engine.kv_cache_dtype",),
-        neutral=("auto",),
-    ),
     Unavailable(
         "Running on another device than the first",
         ("--device-ids", "--d"),

@@ -14,13 +14,14 @@ from vllm_models.options import BackendOptions
 from vllm_models.runner.cost import CostModel
 from vllm_models.runner.device.capture import Capture, GraphCapture, call_again
 from vllm_models.runner.device.decode import DecodeSteps, bucket_sizes
-from vllm_models.runner.device.inputs import Sequences, token_ids_and_context
+from vllm_models.runner.device.inputs import Bounds, Sequences, StepInputs
 from vllm_models.runner.device.rows import DeviceRows
 from vllm_models.runner.device.runner import DeviceRunner
 from vllm_models.runner.device.upload import Upload
 from vllm_models.runner.kv import KVPool, allocate_kv
 
 
+@torch.inference_mode()
 def make_runner(
     model: Decoder,
     kv: KVPool,
@@ -30,19 +31,20 @@ def make_runner(
     max_model_len: int,
 ) -> DeviceRunner:
     """A runner whose decode steps are captured, unless every step is to be walked through."""
-    rows = _rows(kv, config, options, max_model_len)
+    inputs = _inputs(kv, config, options, max_model_len)
     decode = None
     if not options.enforce_eager:
         sizes = bucket_sizes(options.max_sequences)
-        decode = DecodeSteps(model, kv, rows, sizes, _capture(kv.device))
-    return DeviceRunner(model, kv, rows, cost, decode)
+        decode = DecodeSteps(model, inputs, sizes, _capture(kv.device))
+    return DeviceRunner(model, inputs, cost, decode)
 
 
-def _rows(
+def _inputs(
     kv: KVPool, config: ModelConfig, options: BackendOptions, max_model_len: int
-) -> DeviceRows:
+) -> StepInputs:
     limits = (options.max_sequences, max_model_len)
-    return DeviceRows(*limits, kv, config.vocab_size, config.eos_token_ids)
+    rows = DeviceRows(*limits, kv, config.vocab_size, config.eos_token_ids)
+    return StepInputs(rows, kv, config.num_heads)
 
 
 def _capture(device: torch.device) -> Capture:
@@ -53,17 +55,25 @@ def measure_step_bytes(
     model: Decoder,
     config: ModelConfig,
     options: BackendOptions,
-    dtype: torch.dtype,
-    device: torch.device,
+    stored: torch.dtype,
+    target: tuple[torch.dtype, torch.device],
 ) -> int:
     """What rows, the largest prompt step and the largest captured decode step take on a CUDA
     device, beside weights and KV: run once on a pool of one block, then given back.
+
+    Args:
+        model: With its weights.
+        config: Of the model.
+        options: The largest steps.
+        stored: What is kept of keys and values.
+        target: What is computed in, and where.
     """
+    device = target[1]
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_reserved(device)
-    _run_largest(model, config, options, dtype, device)
+    _run_largest(model, config, options, stored, target)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_reserved(device)
     gc.collect()
@@ -76,21 +86,23 @@ def _run_largest(
     model: Decoder,
     config: ModelConfig,
     options: BackendOptions,
-    dtype: torch.dtype,
-    device: torch.device,
+    stored: torch.dtype,
+    target: tuple[torch.dtype, torch.device],
 ) -> None:
-    kv = allocate_kv(model.kv_layers(config), 1, options.block_size, dtype, device)
-    rows = _rows(kv, config, options, options.max_model_len or config.max_position)
+    device = target[1]
+    kv = allocate_kv(model.kv_layers(config), 1, options.block_size, *target, stored)
+    inputs = _inputs(kv, config, options, options.max_model_len or config.max_position)
+    rows = inputs.rows
     longest = min(options.max_batch_tokens, rows.capacity - 1)
     counts = [longest] * (options.max_batch_tokens // longest)
     sequences = _scratch_sequences(rows, counts)
-    token_ids, ctx, lengths = token_ids_and_context(sequences, rows, kv, longest, longest)
+    token_ids, ctx, lengths = inputs.make(sequences, Bounds(longest, longest, longest))
     hidden = model(token_ids, ctx)
     wanted = torch.arange(options.max_sequences, device=device) % len(hidden)
     scratch = torch.full_like(wanted, rows.scratch, dtype=torch.int32)
     sample(model.logits(hidden[wanted]), scratch, lengths[:1].expand_as(scratch), rows.sampling)
     if not options.enforce_eager:
-        DecodeSteps(model, kv, rows, bucket_sizes(options.max_sequences)[-1:], _capture(device))
+        DecodeSteps(model, inputs, bucket_sizes(options.max_sequences)[-1:], _capture(device))
 
 
 def _scratch_sequences(rows: DeviceRows, counts: list[int]) -> Sequences:

@@ -18,11 +18,9 @@ from vllm_models.components.decoder import Decoder
 from vllm_models.gpu.sample import Winners, sample
 from vllm_models.gpu.step_inputs import keep_sampled
 from vllm_models.runner.device.capture import Capture
-from vllm_models.runner.device.inputs import Sequences, Targets, token_ids_and_context
-from vllm_models.runner.device.rows import DeviceRows
+from vllm_models.runner.device.inputs import Bounds, Sequences, StepInputs, Targets
 from vllm_models.runner.device.upload import Upload
 from vllm_models.runner.inputs import Inputs
-from vllm_models.runner.kv import KVPool
 
 
 class Scored(NamedTuple):
@@ -44,28 +42,30 @@ class _Bucket:
         score: From the state to the logits.
         choose: From what `score` left to the next tokens.
         capture: How a piece is repeated.
-
-    Attributes:
-        scored: What the first piece left last.
     """
+
+    scored: Scored  # what the first piece left last
 
     def __init__(
         self, score: Callable[[], Scored], choose: Callable[[Scored], Winners], capture: Capture
     ) -> None:
-        self._score = capture(score)
-        self.scored = self._score()
+        def keep_scored() -> None:
+            self.scored = score()
+
+        self._forward = capture(keep_scored)
         self.sample = capture(lambda: choose(self.scored))
 
     def forward(self) -> Scored:
         """The first piece; `sample` is the second."""
-        self.scored = self._score()
+        self._forward()
         return self.scored
 
 
 def bucket_sizes(max_sequences: int) -> tuple[int, ...]:
     """Numbers of rows that are captured: closer together where padding costs more."""
-    sizes = [1, 2, 4, *range(8, 32, 4), *range(32, 256, 16), *range(256, 1025, 64)]
-    return (*(size for size in sizes if size < max_sequences), min(max_sequences, 1024))
+    largest = min(max_sequences, 1024)
+    sizes = (1, 2, 4, *range(8, 32, 4), *range(32, 256, 16), *range(256, 1024, 64))
+    return (*(size for size in sizes if size < largest), largest)
 
 
 class DecodeSteps:
@@ -73,20 +73,20 @@ class DecodeSteps:
 
     Args:
         model: With its weights.
-        kv: Pool.
-        rows: State.
+        inputs: Makes the inputs of its steps.
         sizes: Rows of the buckets, ascending.
         capture: How a piece is repeated.
     """
 
     def __init__(
-        self, model: Decoder, kv: KVPool, rows: DeviceRows, sizes: Sequence[int], capture: Capture
+        self, model: Decoder, inputs: StepInputs, sizes: Sequence[int], capture: Capture
     ) -> None:
         self._model = model
-        self._kv = kv
-        self._rows = rows
+        self._inputs = inputs
+        self._rows = rows = inputs.rows
+        self._bounds = Bounds(1, 1, rows.capacity)
         self._sizes = tuple(sizes)
-        largest, device = self._sizes[-1], kv.device
+        largest, device = self._sizes[-1], rows.device
         self._state = torch.zeros(3, largest, dtype=torch.int32, device=device)
         self._state[0] = rows.scratch
         self._order = torch.arange(largest + 1, dtype=torch.int32, device=device)
@@ -153,7 +153,5 @@ class DecodeSteps:
         return _Bucket(lambda: self._score(sequences), choose, capture)
 
     def _score(self, sequences: Sequences) -> Scored:
-        token_ids, ctx, lengths = token_ids_and_context(
-            sequences, self._rows, self._kv, max_queries=1, max_length=self._rows.capacity
-        )
+        token_ids, ctx, lengths = self._inputs.make(sequences, self._bounds)
         return Scored(self._model.logits(self._model(token_ids, ctx)), lengths)

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from vllm_models.components.context import ForwardContext
+from vllm_models.gpu.paged_chunks import plan, queries_for
 from vllm_models.gpu.spans import GpuSpans
 from vllm_models.gpu.step_inputs import gather_inputs
 from vllm_models.runner.device.rows import DeviceRows
@@ -69,37 +70,68 @@ def _array(values: Sequence[int]) -> np.ndarray:
     return np.array(values, dtype=np.int32)
 
 
-def token_ids_and_context(
-    sequences: Sequences, rows: DeviceRows, kv: KVPool, max_queries: int, max_length: int
-) -> tuple[Tensor, ForwardContext, Tensor]:
-    """Token ids [T], what else a forward pass needs, and the sequences' lengths [S] after it.
+class Bounds(NamedTuple):
+    """What the host knows of all sequences of a step, and of every replay of it.
+
+    Attributes:
+        min_queries: No sequence computes fewer positions.
+        max_queries: None computes more.
+        max_length: None is longer after it.
+    """
+
+    min_queries: int
+    max_queries: int
+    max_length: int
+
+
+class StepInputs:
+    """Makes what a forward pass reads.
 
     Args:
-        sequences: Of the step.
         rows: State.
         kv: Pool.
-        max_queries: Of any sequence in the step.
-        max_length: No sequence is longer after it.
+        num_heads: Query heads of the model.
     """
-    token_ids, positions, slots, lengths = gather_inputs(
-        *sequences, rows.tokens, rows.tables, rows.block_size
-    )
-    attention = {
-        window: GpuSpans(
+
+    def __init__(self, rows: DeviceRows, kv: KVPool, num_heads: int) -> None:
+        self.rows = rows
+        self.kv = kv
+        self._num_heads = num_heads
+        kv_heads = (keys.data.shape[1] for keys, _ in kv.layers)
+        self._kinds = tuple(zip(kv.windows, kv_heads, strict=True))  # of every layer
+
+    def make(self, sequences: Sequences, bounds: Bounds) -> tuple[Tensor, ForwardContext, Tensor]:
+        """Token ids [T], what else a forward pass needs, and lengths [S] after it."""
+        rows = self.rows
+        token_ids, positions, slots, lengths = gather_inputs(
+            *sequences, rows.tokens, rows.tables, rows.block_size
+        )
+        attention = {
+            kind: self._spans(sequences, lengths, bounds, *kind) for kind in set(self._kinds)
+        }
+        ctx = ForwardContext(
+            positions=positions,
+            slot_mapping=slots,
+            attention=tuple(attention[kind] for kind in self._kinds),
+            kv=self.kv.layers,
+        )
+        return token_ids, ctx, lengths
+
+    def _spans(
+        self, sequences: Sequences, lengths: Tensor, bounds: Bounds, window: int, kv_heads: int
+    ) -> GpuSpans:
+        """Who attends to what in the layers of one kind, which share the list of chunks."""
+        spans = GpuSpans(
             rows=sequences.rows,
             starts=sequences.starts,
             lengths=lengths,
-            tables=rows.tables,
+            tables=self.rows.tables,
             window=window,
-            max_queries=max_queries,
-            max_length=max_length,
+            max_queries=bounds.max_queries,
+            max_length=bounds.max_length,
+            min_queries=bounds.min_queries,
         )
-        for window in set(kv.windows)
-    }
-    ctx = ForwardContext(
-        positions=positions,
-        slot_mapping=slots,
-        attention=tuple(attention[window] for window in kv.windows),
-        kv=kv.layers,
-    )
-    return token_ids, ctx, lengths
+        few = queries_for(bounds.max_queries, self._num_heads // kv_heads)
+        if bounds.min_queries > few:
+            return spans
+        return spans._replace(chunks=plan(spans, self._num_heads, kv_heads))

@@ -16,13 +16,11 @@ from vllm_models.runner import pool
 from vllm_models.runner.cost import CostModel
 from vllm_models.runner.device.decode import DecodeSteps, Scored
 from vllm_models.runner.device.fetch import Timer
-from vllm_models.runner.device.inputs import Targets, send_step, token_ids_and_context
-from vllm_models.runner.device.rows import DeviceRows
+from vllm_models.runner.device.inputs import Bounds, StepInputs, Targets, send_step
 from vllm_models.runner.device.sampling import Sampling
 from vllm_models.runner.device.step import Asked, DeviceStep, Launched
 from vllm_models.runner.device.upload import Upload
 from vllm_models.runner.inputs import Inputs, Work, place_chunks
-from vllm_models.runner.kv import KVPool
 from vllm_models.runner.runner import MAX_SCORES
 
 Launch = Callable[[Mapping[int, bytes]], Launched]
@@ -33,8 +31,7 @@ class DeviceRunner:
 
     Args:
         model: With its weights.
-        kv: The pool.
-        rows: Rows over the same pool.
+        inputs: Makes the inputs of its steps.
         cost: What steps cost.
         decode: Repeats decode steps; None walks through the layers every time.
     """
@@ -42,17 +39,16 @@ class DeviceRunner:
     def __init__(
         self,
         model: Decoder,
-        kv: KVPool,
-        rows: DeviceRows,
+        inputs: StepInputs,
         cost: CostModel,
         decode: DecodeSteps | None = None,
     ) -> None:
         self._model = model
-        self._kv = kv
-        self._rows = rows
+        self._inputs = inputs
+        self._rows = rows = inputs.rows
         self._cost = cost
         self._decode = decode
-        self._upload = Upload(kv.device)
+        self._upload = Upload(rows.device)
         self._sampling = Sampling(rows, self._upload)
         self._drafted: DeviceStep | None = None  # whose right drafts are not counted yet
 
@@ -71,7 +67,7 @@ class DeviceRunner:
         self._rows.apply(batch)
         inputs = place_chunks(batch.chunks, self._rows)
         self._rows.send(self._upload)
-        timer = Timer(self._kv.device)
+        timer = Timer(self._rows.device)
         launch = self._launch(inputs)
         step = DeviceStep(inputs, launch, self._cost.of, timer)
         if not any(chunk.masked for chunk in batch.chunks):
@@ -88,13 +84,7 @@ class DeviceRunner:
             scored = self._decode.forward(inputs, self._upload)
             return partial(self._sample_decode, self._decode, inputs, scored)
         sequences, targets = send_step(inputs, self._upload)
-        token_ids, ctx, _ = token_ids_and_context(
-            sequences,
-            self._rows,
-            self._kv,
-            max_queries=max(work.chunk.num_tokens for work in inputs.works),
-            max_length=max(work.end for work in inputs.works),
-        )
+        token_ids, ctx, _ = self._inputs.make(sequences, _bounds(inputs.works))
         hidden = self._model(token_ids, ctx)  # [T, M]
         launched = Launched(
             prompt_logprobs=self._prompt_logprobs(inputs, hidden),
@@ -152,6 +142,11 @@ class DeviceRunner:
                 seq_ids = [work.chunk.seq_id] * len(ids)
                 found.append(Asked(seq_ids, [params.prompt_logprobs] * len(ids), (ids, *scores)))
         return found
+
+
+def _bounds(works: list[Work]) -> Bounds:
+    counts = [work.chunk.num_tokens for work in works]
+    return Bounds(min(counts), max(counts), max(work.end for work in works))
 
 
 def _is_plain_decode(inputs: Inputs, decode: DecodeSteps) -> bool:

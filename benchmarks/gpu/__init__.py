@@ -1,0 +1,1 @@
+"""Measurements on a GPU: what it can do, kernels, the engine, and serving."""
