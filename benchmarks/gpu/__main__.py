@@ -14,7 +14,7 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
 _RESULTS = _ROOT / "benchmarks" / "results"
-_SECONDS = 530  # of a command
+SECONDS = 530  # of a command
 NO_GPU = "There is no CUDA device here; --tiny runs every step of this command without one."
 
 
@@ -28,7 +28,7 @@ def arguments() -> argparse.ArgumentParser:
         ("serving", "Poisson arrivals through the HTTP server, and a profile of decode steps"),
     ):
         command = commands.add_parser(name, help=meaning, description=meaning)
-        command.add_argument("--seconds", type=float, default=_SECONDS, help="for all stages")
+        command.add_argument("--seconds", type=float, default=SECONDS, help="for all stages")
         command.add_argument("--stages", help="names with commas between; all")
         command.add_argument("--results", type=Path, default=_RESULTS)
         command.add_argument(

@@ -96,28 +96,28 @@ def setups(is_tiny: bool) -> tuple[Setup, ...]:
     experts = tuple(Steady(b, 1024, 128) for b in (1, 64, 256))
     fp8_kv = {"kv_cache_dtype": "fp8"}
     return (
-        Setup("0.6B", 110, SMALL, "bf16", (bench, long, one)),
-        Setup("0.6B, fp8 KV", 60, SMALL, "bf16", (bench, long), fp8_kv, True, 2),
-        Setup("0.6B, no overlap", 40, SMALL, "bf16", (bench, one), {}, False, 1),
-        Setup("0.6B, eager", 60, SMALL, "bf16", (one, bench), {"enforce_eager": True}, True, 1),
-        Setup("8B", 60, LLAMA8, "bf16", llama),
-        Setup("8B, fp8", 55, LLAMA8, "fp8", llama),
-        Setup("8B, w4", 55, LLAMA8, "w4", llama[:2]),
+        Setup("0.6B", 100, SMALL, "bf16", (bench, long, one)),
+        Setup("0.6B, fp8 KV", 50, SMALL, "bf16", (bench, long), fp8_kv, True, 2),
+        Setup("0.6B, no overlap", 30, SMALL, "bf16", (bench, one), {}, False, 1),
+        Setup("0.6B, eager", 45, SMALL, "bf16", (one, bench), {"enforce_eager": True}, True, 1),
+        Setup("8B", 50, LLAMA8, "bf16", llama),
+        Setup("8B, fp8", 45, LLAMA8, "fp8", llama),
+        Setup("8B, w4", 45, LLAMA8, "w4", llama[:2]),
         Setup("30B-A3B", 80, EXPERTS30, "bf16", experts),
-        Setup("0.6B, deterministic", 40, SMALL, "bf16", (bench,), {"deterministic": True}, True, 1),
+        Setup("0.6B, deterministic", 30, SMALL, "bf16", (bench,), {"deterministic": True}, True, 1),
     )
 
 
 def stages(device: torch.device, is_tiny: bool) -> Iterator[Stage]:
     """Ceilings, every setup, ceilings again."""
     meter = Meter(device, TINY_EXTENT if is_tiny else SHORT)
-    yield Stage("ceilings", 30, lambda _: meter.figures())
+    yield Stage("ceilings", 25, lambda _: meter.figures())
     for setup in setups(is_tiny):
-        yield Stage(setup.name, setup.seconds, partial(_figures, setup, device, meter))
+        yield Stage(setup.name, setup.seconds, partial(measure, setup, device, meter))
     yield Stage("ceilings at the end", 20, lambda _: meter.figures())
 
 
-def _figures(setup: Setup, device: torch.device, meter: Meter, clock: Clock) -> Iterator[Figure]:
+def measure(setup: Setup, device: torch.device, meter: Meter, clock: Clock) -> Iterator[Figure]:
     began = time.perf_counter()
     block_size = 64 if device.type == "cuda" else 16
     backend = load(

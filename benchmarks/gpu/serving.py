@@ -50,6 +50,7 @@ class Load(NamedTuple):
         output: Tokens of each.
         profiled: Batch sizes of the profile.
         steps: That are profiled.
+        dataset: Of the clients: random has token ids that a small vocabulary lacks.
     """
 
     shape: Shape
@@ -59,10 +60,11 @@ class Load(NamedTuple):
     output: int
     profiled: tuple[int, ...]
     steps: int
+    dataset: str = "random"
 
 
 FULL = Load(SMALL, 512, 60, 512, 256, (1, 256), 20)
-SHORT = Load(TINY, 2, 0.5, 4, 3, (2,), 2)
+SHORT = Load(TINY, 2, 0.5, 4, 3, (2,), 2, "fixed")
 
 
 def stages(device: torch.device, is_tiny: bool) -> Iterator[Stage]:
@@ -129,7 +131,7 @@ def _asked(
     command = [*_PROGRAM, "bench", "serve", "--url", url]
     command += ["--num-prompts", str(count), "--input-len", str(load_of.prompt)]
     command += ["--output-len", str(load_of.output), "--temperature", "1"]
-    command += ["--output-json", str(path)]
+    command += ["--output-json", str(path), "--dataset", load_of.dataset]
     command += ["--request-rate", str(rate)] if rate is not None else []
     clock.check()
     try:

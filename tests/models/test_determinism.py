@@ -63,9 +63,7 @@ def model(request: pytest.FixtureRequest, make_checkpoint: Any) -> Model:
 
 @pytest.fixture(scope="module", params=["bf16", "f32"])
 def int8_model(request: pytest.FixtureRequest) -> Model:
-    return alone(
-        BackendOptions(resolve_model("builtin"), request.param, kv_cache_dtype="int8")
-    )
+    return alone(BackendOptions(resolve_model("builtin"), request.param, kv_cache_dtype="int8"))
 
 
 def alone(options: BackendOptions) -> Model:

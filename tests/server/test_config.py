@@ -9,6 +9,7 @@ from vllm_server.config.document import effective, example, json_schema, markdow
 from vllm_server.config.fields import Field, all_fields
 from vllm_server.config.flags import FlagParser
 from vllm_server.config.unavailable import UNAVAILABLE
+from vllm_server.launch import backend_options
 from vllm_traits import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -299,6 +300,35 @@ def test_a_feature_that_does_not_exist_is_refused_by_every_name(entry, write):
     for name in entry.variables:
         with pytest.raises(ConfigError, match=f"{name}: .*not available"):
             load(environ={name: "2"})
+
+
+def kv_cache_dtype(*argv, environ=None, config=None):
+    """What the engine is told."""
+    found = check(load(flags(*argv), environ or {}, config))
+    return backend_options(found.settings.engine, Path("model")).kv_cache_dtype
+
+
+def test_the_type_of_the_kv_cache_has_names_for_every_source(write):
+    assert kv_cache_dtype() == kv_cache_dtype("--no-kv-quantization") == "auto"
+    assert kv_cache_dtype("--kv-cache-dtype", "int8") == kv_cache_dtype("--kv-quantization")
+    assert kv_cache_dtype("--kv-quantization") == "int8"
+    assert kv_cache_dtype("--fp8-kvcache") == "fp8"
+    assert kv_cache_dtype(environ={"VLLM_KV_QUANTIZATION": "1"}) == "int8"
+    assert kv_cache_dtype(environ={"VLLM_LITE_ENGINE_KV_CACHE_DTYPE": "fp8"}) == "fp8"
+    assert kv_cache_dtype(config=write("engine: {kv_quantization: true}")) == "int8"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--kv-quantization", "--fp8-kvcache"),
+        ("--kv-quantization", "--kv-cache-dtype", "auto"),
+        ("--fp8-kvcache", "--kv-cache-dtype=int8"),
+    ],
+)
+def test_two_types_of_the_kv_cache_are_a_contradiction(argv):
+    with pytest.raises(ConfigError, match=r"engine\.\w+ .* and engine\..* contradict each other"):
+        kv_cache_dtype(*argv)
 
 
 def test_no_refused_name_is_also_a_setting():

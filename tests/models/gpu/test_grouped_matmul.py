@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from vllm_models.gpu import grouped_matmul, grouped_rows, splits
+from vllm_models.gpu import fp8_matmul, grouped_matmul, grouped_rows, matmul, splits
 from vllm_models.gpu.layout import Planes, codes_of, interleave, numbers_of, stack_planes
 from vllm_models.quantization.on_gpu import fp8_planes, grouped_planes
 
@@ -225,3 +226,12 @@ def test_codes_take_no_more_memory_than_in_the_checkpoint() -> None:
     assert {name for name, _ in layer.named_parameters()} == {"low_0", "scales_0", "offsets_0"}
     held = sum(parameter.nbytes for parameter in layer.parameters())
     assert held == 64 * 256 // 2 + 64 * 256 // 32 * (2 + 1)
+
+
+def test_variants_name_every_argument_of_their_kernel() -> None:
+    modules = (grouped_matmul, grouped_rows, splits, matmul, fp8_matmul)
+    variants = [variant for module in modules for variant in module.variants()]
+    assert len({variant.name for variant in variants}) == len(variants)
+    for variant in variants:
+        arguments = set(inspect.signature(variant.kernel.fn).parameters)
+        assert set(variant.signature) | set(variant.constants) == arguments, variant.name

@@ -25,17 +25,15 @@ from vllm_models.gpu.launch import Variant
 from vllm_models.gpu.paged_chunks import (
     ITEM,
     base_for,
-    chunk_at,
     chunk_start,
     most_chunks,
 )
+from vllm_models.gpu.paged_shapes import POOLS, SHAPES, Shape, sizes
 from vllm_models.gpu.paged_tile import (
     Scoring,
-    Shape,
     as_stored,
     attend_tile,
     load_part,
-    sizes,
     store_part,
     with_sink,
 )
@@ -194,7 +192,7 @@ def _reduce_kernel(
         kv_head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
         start = tl.load(items + before * ITEM)
         queries = tl.load(items + before * ITEM + 1)
-        token, head, query, there = _rows_of(start, queries, part, GROUP, HEADS, USED)
+        token, head, _query, there = _rows_of(start, queries, part, GROUP, HEADS, USED)
         columns = tl.arange(0, WIDTH)
         mask = there[:, None] & (columns < VALUE_DIM)[None, :]
         acc = tl.zeros([USED, WIDTH], dtype=tl.float32)
@@ -320,7 +318,7 @@ def _rows(group: int, max_queries: int, value_dim: int) -> tuple[int, int]:
 
 
 def _reduce_warps(rows: int, value_dim: int) -> int:
-    return min(8, max(1, rows * triton.next_power_of_2(value_dim) // 512))
+    return min(16, max(1, rows * triton.next_power_of_2(value_dim) // 512))
 
 
 _programs = functools.cache(Tiling.programs)  # a device's properties take their time
@@ -328,16 +326,8 @@ _programs = functools.cache(Tiling.programs)  # a device's properties take their
 
 def variants() -> tuple[Variant, ...]:
     """Of every family of shapes, with keys and values of 16 and of 8 bits."""
-    shapes = (
-        Shape("qwen3-0.6b", 16, 8, 128, 128),
-        Shape("llama-3.1-8b", 32, 8, 128, 128),
-        Shape("qwen3-30b-a3b", 32, 4, 128, 128),
-        Shape("gpt-oss", 64, 8, 64, 64, has_sinks=True, has_window=True),
-        Shape("gemma2-9b", 16, 8, 256, 256, has_cap=True),
-        Shape("latent", 128, 1, 576, 512, is_shared=True),
-    )
-    forms = [_variant(shape, pool) for shape in shapes for pool in ("bf16", "u8")]
-    return (*forms, *(_reduce_variant(shape) for shape in shapes))
+    forms = [_variant(shape, pool) for shape in SHAPES for pool in POOLS]
+    return (*forms, *(_reduce_variant(shape) for shape in SHAPES))
 
 
 def _variant(shape: Shape, pool: str) -> Variant:

@@ -14,13 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_models.gpu.launch import Variant
+from vllm_models.gpu.paged_shapes import POOLS, SHAPES, Shape, sizes
 from vllm_models.gpu.paged_tile import (
     Scoring,
-    Shape,
     as_stored,
     attend_tile,
     load_part,
-    sizes,
     store_part,
     with_sink,
 )
@@ -241,15 +240,7 @@ def prefill(
 
 def variants() -> tuple[Variant, ...]:
     """Of every family of shapes, with keys and values of 16 and of 8 bits."""
-    shapes = (
-        Shape("qwen3-0.6b", 16, 8, 128, 128),
-        Shape("llama-3.1-8b", 32, 8, 128, 128),
-        Shape("qwen3-30b-a3b", 32, 4, 128, 128),
-        Shape("gpt-oss", 64, 8, 64, 64, has_sinks=True, has_window=True),
-        Shape("gemma2-9b", 16, 8, 256, 256, has_cap=True),
-        Shape("latent", 128, 1, 576, 512, is_shared=True),
-    )
-    return tuple(_variant(shape, pool) for shape in shapes for pool in ("bf16", "u8"))
+    return tuple(_variant(shape, pool) for shape in SHAPES for pool in POOLS)
 
 
 def _variant(shape: Shape, pool: str) -> Variant:

@@ -67,25 +67,25 @@ def load_part(
 
 
 @triton.jit
-def as_element(numbers, ELEMENT: tl.constexpr):
+def as_element(numbers, element: tl.constexpr):
     """Numbers of the KV in the type of the queries; bytes are those of float8_e4m3fn."""
     if numbers.dtype == tl.uint8:
-        return _from_float8(numbers, ELEMENT)
+        return _from_float8(numbers, element)
     if numbers.dtype == tl.int8:
-        return numbers.to(tl.float32).to(ELEMENT)
-    return numbers.to(ELEMENT)
+        return numbers.to(tl.float32).to(element)
+    return numbers.to(element)
 
 
 @triton.jit
-def _from_float8(numbers, ELEMENT: tl.constexpr):
+def _from_float8(numbers, element: tl.constexpr):
     """Sign and other bits moved to where wider types have them are a number 2^120 times too small.
 
     Four at a time: the bytes become the upper bytes of halves, the seven bits move down by four.
     """
-    if _INTERPRETED or ELEMENT != tl.bfloat16:
+    if _INTERPRETED or element != tl.bfloat16:
         bits = numbers.to(tl.int32)
         wide = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
-        return (wide.to(tl.float32, bitcast=True) * 1.329227995784916e36).to(ELEMENT)
+        return (wide.to(tl.float32, bitcast=True) * 1.329227995784916e36).to(element)
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 low, high, sign, scale, zero;
@@ -111,14 +111,14 @@ def _from_float8(numbers, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def scaled(products, key_scales, rows, there, scale, soft_cap, HAS_CAP: tl.constexpr):
-    """Scores from products of queries and keys."""
+def _scores(products, key_scales, rows, there, scale, soft_cap, HAS_CAP: tl.constexpr):
+    """Scores from products of queries and keys, and the factor that they lack."""
     if key_scales is not None:
         products = products * tl.load(key_scales + rows, mask=there, other=0.0)[None, :]
     if HAS_CAP:
         # `scale` is that of the hyperbolic tangent: 2 log2(e) / cap times that of the scores.
-        return soft_cap * (1.0 - 2.0 / (tl.exp2(products * scale) + 1.0))
-    return products * scale
+        return soft_cap * (1.0 - 2.0 / (tl.exp2(products * scale) + 1.0)), 1.0
+    return products, scale
 
 
 @triton.jit
@@ -167,14 +167,15 @@ def attend_tile(
     if REST > 0:
         k_rest = as_element(load_part(keys, rows, there, DIM, MAIN, REST, DIM, MASKED), element)
         products = add_dot(products, q_rest, tl.trans(k_rest))
-    scores = scaled(products, key_scales, rows, there, scale, soft_cap, HAS_CAP)
+    scores, factor = _scores(products, key_scales, rows, there, scale, soft_cap, HAS_CAP)
     if MASKED:
         seen = positions[None, :] < high[:, None]
         if HAS_WINDOW:
             seen &= positions[None, :] >= low[:, None]
         scores = tl.where(seen, scores, float("-inf"))
-    above = tl.maximum(largest, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - above[:, None])
+    above = tl.maximum(largest, tl.max(scores, axis=1) * factor)
+    # Said to be one rounding, so that it is one with masks and without.
+    weights = tl.exp2(tl.fma(scores, factor, -above[:, None]))
     shrink = tl.exp2(largest - above)
     total = total * shrink + tl.sum(weights, axis=1)
     acc = acc * shrink[:, None]
@@ -221,13 +222,6 @@ def store_part(
     tl.store(out + places[:, None] * STRIDE + columns[None, :], part, mask=mask)
 
 
-def parts_of(width: int) -> tuple[int, int]:
-    """The largest power of two within a width, and one that holds what is left (0 or >= 16)."""
-    main = max(16, 1 << (width.bit_length() - 1))
-    rest = width - main
-    return main, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
-
-
 class Scoring(NamedTuple):
     """How queries and keys make weights; see `paged_attention`."""
 
@@ -237,7 +231,7 @@ class Scoring(NamedTuple):
 
     @property
     def factors(self) -> tuple[float, float]:
-        """The scale and the cap of `scaled`."""
+        """The scale and the cap of `_scores`."""
         if self.soft_cap:
             return 2 * _LOG2_E * self.scale / self.soft_cap, self.soft_cap * _LOG2_E
         return self.scale * _LOG2_E, 0.0
@@ -246,65 +240,3 @@ class Scoring(NamedTuple):
 def as_stored(data: Tensor) -> Tensor:
     """The same for a kernel: float8 numbers as bytes, which every device can read."""
     return data.view(torch.uint8) if data.dtype == torch.float8_e4m3fn else data
-
-
-def sizes(keys: Tensor, values: Tensor) -> dict[str, int | bool]:
-    """What kernels know of the KV: keys [B, K, P, D], values [B, K, P, W], maybe parts of them."""
-    _, num_kv_heads, block_size, dim = keys.shape
-    value_dim, is_shared = values.shape[3], values.data_ptr() == keys.data_ptr()
-    return dims(num_kv_heads, block_size, dim, value_dim, is_shared)
-
-
-def dims(
-    num_kv_heads: int, block_size: int, dim: int, value_dim: int, is_shared: bool
-) -> dict[str, int | bool]:
-    """The same from numbers."""
-    (main, rest), (value_main, value_rest) = parts_of(dim), parts_of(value_dim)
-    return {
-        "IS_SHARED": is_shared,
-        "NUM_KV_HEADS": num_kv_heads,
-        "BLOCK_SIZE": block_size,
-        **{"DIM": dim, "MAIN": main, "REST": rest},
-        **{"VALUE_DIM": value_dim, "VALUE_STRIDE": dim if is_shared else value_dim},
-        **{"VALUE_MAIN": value_main, "VALUE_REST": value_rest},
-    }
-
-
-class Shape(NamedTuple):
-    """A layer of a real model, for `variants`."""
-
-    name: str
-    num_heads: int
-    num_kv_heads: int
-    dim: int
-    value_dim: int
-    is_shared: bool = False
-    has_window: bool = False
-    has_cap: bool = False
-    has_sinks: bool = False
-
-    @property
-    def group(self) -> int:
-        """Heads that share a KV head."""
-        return self.num_heads // self.num_kv_heads
-
-    def arguments(self, pool: str) -> tuple[dict[str, str], dict[str, object]]:
-        """Types and constants that decode and prefill share, with blocks of 64 positions."""
-        scales = {} if pool == "bf16" else dict.fromkeys(("key_scales", "value_scales"), "*fp32")
-        sinks = {"sinks": "*bf16"} if self.has_sinks else {}
-        signature = {
-            **dict.fromkeys(("out", "q"), "*bf16"),
-            **dict.fromkeys(("keys", "values"), f"*{pool}"),
-            "tables": "*i32",
-            **dict.fromkeys(("scale", "soft_cap"), "fp32"),
-            **scales,
-            **sinks,
-        }
-        absent = [name for name in ("key_scales", "value_scales") if not scales]
-        absent += [] if sinks else ["sinks"]
-        constants = {
-            **dict.fromkeys(absent),
-            **dims(self.num_kv_heads, 64, self.dim, self.value_dim, self.is_shared),
-            **{"HAS_WINDOW": self.has_window, "HAS_CAP": self.has_cap, "GROUP": self.group},
-        }
-        return signature, constants

@@ -154,7 +154,7 @@ static void NAME(score_chunk)(const struct attention *a, const struct tiles *key
         NAME(all_scores)(places, q, first, last, units, rows, scores);
         return;
     }
-    element numbers[EXPANDED * WIDTH * MAX_DIM];
+    element __attribute__((aligned(64))) numbers[EXPANDED * WIDTH * MAX_DIM];
     for (int tile = first, next; tile < last; tile = next) {
         next = tile + EXPANDED < last ? tile + EXPANDED : last;
         NAME(expand)(keys, tile, next, last, WIDTH * a->key_dim, numbers, places);
@@ -176,7 +176,7 @@ static void NAME(weigh_chunk)(const struct attention *a, const struct tiles *val
         NAME(all_weighted)(places, weights, first, last, a->value_dim, rows, value);
         return;
     }
-    element numbers[EXPANDED * WIDTH * MAX_DIM];
+    element __attribute__((aligned(64))) numbers[EXPANDED * WIDTH * MAX_DIM];
     for (int tile = first, next; tile < last; tile = next) {
         next = tile + EXPANDED < last ? tile + EXPANDED : last;
         NAME(expand)(values, tile, next, last, WIDTH * a->value_dim, numbers, places);

@@ -91,8 +91,8 @@ def kv_dtype(
         return dtype
     if any(layer.value_dim == 0 for layer in layers):
         raise ConfigError(
-            f"kv_cache_dtype is {name!r}, but this model keeps a latent vector in the place of keys "
-            "and values, which is small already and stays in the type of the weights; use auto."
+            f"kv_cache_dtype is {name!r}, but this model keeps a latent vector in the place of "
+            "keys and values, which is small already and stays as it is computed; use auto."
         )
     if name == "fp8" and not serves(device):
         raise ConfigError(

@@ -251,8 +251,8 @@ class _Filling:
         owner.take(name)
 
     def _is_kv_scale(self, tensor: SavedTensor) -> bool:
-        """Whether a tensor is one scale for all the keys or values of a layer, which its maker chose
-        for a KV cache of FP8. It is read and not used: scales here are of a position and head.
+        """Whether a tensor is one scale for all keys or values of a layer, which its maker chose
+        for KV in FP8. It is read and not used: scales here are of a position and head.
         """
         path, _, name = self._spelled(tensor.name).rpartition(".")
         if name not in _KV_SCALES or tensor.shape not in ((), (1,)):

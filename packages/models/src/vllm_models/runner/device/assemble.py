@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from vllm_models.components.decoder import Decoder
+from vllm_models.components.experts import Experts
 from vllm_models.config import ModelConfig
 from vllm_models.gpu.sample import sample
 from vllm_models.options import BackendOptions
@@ -33,10 +34,15 @@ def make_runner(
     """A runner whose decode steps are captured, unless every step is to be walked through."""
     inputs = _inputs(kv, config, options, max_model_len)
     decode = None
-    if not options.enforce_eager:
+    if not options.enforce_eager and _can_capture(model):
         sizes = bucket_sizes(options.max_sequences)
         decode = DecodeSteps(model, inputs, sizes, _capture(kv.device))
     return DeviceRunner(model, inputs, cost, decode)
+
+
+def _can_capture(model: Decoder) -> bool:
+    """Whether no layer asks the device which experts were chosen."""
+    return all(m.is_grouped for m in model.modules() if isinstance(m, Experts))
 
 
 def _inputs(
@@ -101,7 +107,7 @@ def _run_largest(
     wanted = torch.arange(options.max_sequences, device=device) % len(hidden)
     scratch = torch.full_like(wanted, rows.scratch, dtype=torch.int32)
     sample(model.logits(hidden[wanted]), scratch, lengths[:1].expand_as(scratch), rows.sampling)
-    if not options.enforce_eager:
+    if not options.enforce_eager and _can_capture(model):
         DecodeSteps(model, inputs, bucket_sizes(options.max_sequences)[-1:], _capture(device))
 
 

@@ -74,7 +74,7 @@ class Sampling:
         masked = {i: masks[t.seq_id] for i, t in enumerate(targets) if t.seq_id in masks}
         if not edited and not masked:
             return logits
-        key = tuple((i, index, id(edits)) for i, index, edits in edited)
+        key = tuple(edited)
         if key != self._edited[0]:
             self._edited = (key, EditBatch.of(edited))
         changed = logits.float()  # small biases would be lost in a narrower type
