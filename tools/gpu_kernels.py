@@ -41,6 +41,7 @@ ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs" / "gpu-kernels.json"
 DOCUMENT = RECORD.with_suffix(".md")
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a program may have
+_FP8 = 89  # the first architecture that has it
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
@@ -99,6 +100,12 @@ def variants(module: str) -> dict[str, Variant]:
     if listed and len(known) != len(listed()):
         raise ValueError(f"{module}: two variants have the same name")
     return known
+
+
+def archs_of(variant: Variant, archs: Sequence[int]) -> list[int]:
+    """Those that have the types of a variant."""
+    needs_fp8 = any("fp8" in kind for kind in variant.signature.values())
+    return [arch for arch in archs if arch >= _FP8 or not needs_fp8]
 
 
 def compile_variant(variant: Variant, arch: int) -> Compiled:
@@ -311,7 +318,7 @@ def compiled_record(
         for name, variant in variants(module).items():
             record[name] = kept.get(name) or Made(digest(variant), {})
             if name not in kept:
-                listed += [(module, name, arch) for arch in archs]
+                listed += [(module, name, arch) for arch in archs_of(variant, archs)]
                 continue
             for arch, usage in kept[name].usages.items():
                 faults += faults_of(variant, Compiled(name, int(arch), usage))

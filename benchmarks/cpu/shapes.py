@@ -18,7 +18,6 @@ from vllm_models.gguf.export import export_gguf
 from vllm_models.gguf.mixture import MIXTURES
 from vllm_models.options import ignore_progress
 from vllm_models.weights.checkpoint import open_checkpoint
-from vllm_server.text.tokenizer_metadata import tokenizer_metadata
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _DEVIATION = 0.02
@@ -115,6 +114,8 @@ def model_path(cache: Path, shape: Shape, weights: str) -> Path:
 
 def gguf_path(folder: Path, weights: str) -> Path:
     """The folder's model as a GGUF file; made if it is not there."""
+    from vllm_server.text.tokenizer_metadata import tokenizer_metadata  # needs its packages
+
     path = folder.with_name(f"{folder.name}-{weights}.gguf")
     if not path.is_file():
         checkpoint = open_checkpoint(folder)

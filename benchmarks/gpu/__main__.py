@@ -11,6 +11,7 @@ import sys
 from datetime import UTC, date, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import mkdtemp
 
 _ROOT = Path(__file__).parents[2]
 _RESULTS = _ROOT / "benchmarks" / "results"
@@ -30,7 +31,7 @@ def arguments() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=meaning, description=meaning)
         command.add_argument("--seconds", type=float, default=SECONDS, help="for all stages")
         command.add_argument("--stages", help="names with commas between; all")
-        command.add_argument("--results", type=Path, default=_RESULTS)
+        command.add_argument("--results", type=Path, help="folder; that of the sources")
         command.add_argument(
             "--tiny",
             action="store_true",
@@ -51,6 +52,7 @@ def main(words: list[str] | None = None) -> None:
         for path in table.write(given.results.glob("*-gpu-*.jsonl")):
             print(path)
         return
+    given.results = given.results or (Path(mkdtemp()) if given.tiny else _RESULTS)
     if given.tiny:
         os.environ["VLLM_LITE_TRITON"] = "interpret"
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton

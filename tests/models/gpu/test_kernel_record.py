@@ -72,3 +72,9 @@ def test_the_document_has_a_row_per_variant(tool: ModuleType) -> None:
         "|---|---|---|",
         "| `one` | 32 / 0 / 2 | 40 / 8 / 0 |",
     ]
+
+
+def test_a_variant_in_fp8_is_not_compiled_for_a_gpu_without(tool: ModuleType) -> None:
+    assert tool.archs_of(variant(tool), [80, 90]) == [80, 90]
+    plain = tool.Variant("one", None, {"codes": "*fp8e4nv"}, {})
+    assert tool.archs_of(plain, [80, 90]) == [90]
