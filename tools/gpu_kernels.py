@@ -291,8 +291,10 @@ def main(words: Sequence[str] | None = None) -> int:
     record, faults = compiled_record(names, given.arch, kept, given.processes)
     if given.check:
         faults += compare(record, given.module is None)
-    elif faults or given.module or set(given.arch) != set(SHARED):
-        print("nothing written: not all variants and architectures are compiled", file=sys.stderr)
+    elif (
+        given.module or set(given.arch) != set(SHARED) or not all(m.usages for m in record.values())
+    ):
+        faults.append("nothing written: not all variants and architectures are compiled")
     else:
         write(record)
     for fault in faults:
