@@ -182,3 +182,33 @@ def test_edited_requests_sample_as_on_the_cpu(
     expected = run(small.load(), overlap)
     request.getfixturevalue("triton_path")
     assert run(load(small), overlap) == expected
+
+
+def logprobs_of(backend: Any) -> torch.Tensor:
+    """Of a prompt and some decoded tokens [positions, V], computed in chunks."""
+    params = replace(EDITED, temperature=0.0, prompt_logprobs=128, logprobs=128)
+    plain = replace(params, frequency_penalty=0.0, repetition_penalty=1.0, logit_bias=())
+    engine = Engine(backend, SchedulerConfig(max_batch_tokens=16))
+    engine.add(Request("only", PROMPT * 2, replace(plain, bad_token_ids=())))
+    rows: list[torch.Tensor] = []
+    while engine.has_work():
+        for output in engine.step():
+            assert output.error is None, output
+            for entry in (*output.prompt_logprobs, *output.logprobs):
+                if entry is not None:
+                    ids, values = zip(*sorted(entry.top), strict=True)
+                    assert ids == tuple(range(128))
+                    rows.append(torch.tensor(values))
+    return torch.stack(rows)
+
+
+def test_a_cache_of_eight_bits_rounds_as_on_the_cpu(
+    small: Any, torch_products: None, request: pytest.FixtureRequest
+) -> None:
+    exact = logprobs_of(small.load())
+    expected = logprobs_of(small.load(kv_cache_dtype="int8"))
+    request.getfixturevalue("triton_path")
+    found = logprobs_of(load(small, kv_cache_dtype="int8"))
+    assert len(found) == 21 + 6
+    assert (expected - exact).abs().max() > 1e-3  # it rounds at all
+    assert (found - expected).abs().max() < 1e-3

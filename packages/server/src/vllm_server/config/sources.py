@@ -17,7 +17,7 @@ from vllm_server.config.unavailable import UNAVAILABLE, Unavailable
 
 PREFIX = "VLLM_LITE_"
 # What the kernels of a CPU read for themselves, because it is of the machine, not of a server.
-_OF_KERNELS = frozenset({"VLLM_LITE_CACHE", "VLLM_LITE_NATIVE"})
+_OF_KERNELS = frozenset({"VLLM_LITE_CACHE", "VLLM_LITE_NATIVE", "VLLM_LITE_TRITON"})
 
 
 class Given(NamedTuple):
