@@ -123,7 +123,24 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
 
 def _source(variant: Variant) -> ASTSource:
     constants = dict(variant.constants)
-    return ASTSource(fn=variant.kernel, signature=_signature(variant), constexprs=constants)
+    return ASTSource(
+        fn=variant.kernel,
+        signature=_signature(variant),
+        constexprs=constants,
+        attrs=_attributes(variant),
+    )
+
+
+def _attributes(variant: Variant) -> dict[tuple[int], list[list[object]]]:
+    """Addresses and sizes are multiples of 16, as those of real models are and as a launch finds
+    out; numbers that a kernel does not want to be looked at are any.
+    """
+    return {
+        (index,): [["tt.divisibility", 16]]
+        for index, parameter in enumerate(variant.kernel.params)
+        if str(variant.signature.get(parameter.name, "")).startswith(("*", "i"))
+        and not parameter.do_not_specialize
+    }
 
 
 def digest(variant: Variant) -> str:

@@ -285,9 +285,9 @@ are, and one layer may mix both:"""
 Each test packs random weights by the published layout and compares with the dequantized product;
 `tests/models/quantization/test_checkpoints.py` has whole checkpoints. "C" are the kernels of
 `vllm_models.native`, which round activations to 8 bits and scales of 32 bits to 16 where that moves
-none by more than 2^-11 of itself (else torch multiplies; `tests/models/quantization/test_grouped.py`
-has
-them on every class); "torch" dequantizes tile by tile and
+none by more than 2^-11 of itself (else torch multiplies;
+`tests/models/quantization/test_grouped.py` has them on every class); "torch" dequantizes tile by
+tile and
 multiplies
 with torch. Plain weights run in kernels too, and without a compiler torch computes everything.
 """

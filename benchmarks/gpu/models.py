@@ -9,11 +9,10 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from vllm_models import BackendOptions, TorchBackend, backend
+from vllm_models import BackendOptions, TorchBackend, load_backend
 from vllm_models.json_fields import JsonFields
 from vllm_models.weights.saved import SavedTensor
 
@@ -177,5 +176,4 @@ def load(shape: Shape, weights: str, device: torch.device, **options: Any) -> To
     """
     checkpoint = RandomCheckpoint(shape, weights, device)
     chosen = BackendOptions(model=checkpoint.path, device=str(device), **options)
-    with patch.object(backend, "open_checkpoint", lambda _: checkpoint):
-        return backend.load_backend(chosen)
+    return load_backend(chosen, checkpoint=checkpoint)

@@ -192,6 +192,7 @@ def test_a_socket_file_in_use_is_refused_and_a_left_over_makes_room(tmp_path):
 class Memory:
     weight_bytes, dtype, device, max_model_len = 3 << 20, "bfloat16", "cpu", 512
     num_blocks, block_size, num_tokens, kv_bytes, max_concurrency = 64, 16, 1024, 5 << 20, 2.0
+    kv_dtype = "bfloat16"
 
 
 def test_the_banner_has_every_figure_of_the_start():
@@ -206,7 +207,7 @@ def test_the_banner_has_every_figure_of_the_start():
         "demonstration model",
         "--model PATH_OR_HUB_ID",
         "3.0 MB of weights, bfloat16 on cpu",
-        "64 blocks x 16 tokens = 1024 tokens, 5.0 MB; 2.0 sequences of full length",
+        "64 blocks x 16 tokens = 1024 tokens of bfloat16, 5.0 MB; 2.0 sequences of full length",
         "Results do not depend on the batch",
         "1.25 s (load 1.00 s, warm-up 0.25 s)",
         "http://h:1",

@@ -125,12 +125,17 @@ class TorchBackend:
         self._runner = None
 
 
-def load_backend(options: BackendOptions, on_progress: OnProgress | None = None) -> TorchBackend:
+def load_backend(
+    options: BackendOptions,
+    on_progress: OnProgress | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> TorchBackend:
     """Load a checkpoint, size and allocate the KV pool, and run one warm-up step of every kind.
 
     Args:
         options: What to load and how much it may hold.
         on_progress: Told about every stage.
+        checkpoint: To be loaded instead of the one at `options.model`.
 
     Raises:
         ModelError: The checkpoint cannot be loaded.
@@ -138,7 +143,7 @@ def load_backend(options: BackendOptions, on_progress: OnProgress | None = None)
         DeviceError: The device is missing or too small.
     """
     report = on_progress or ignore_progress
-    checkpoint = open_checkpoint(options.model)
+    checkpoint = checkpoint or open_checkpoint(options.model)
     architecture = find_architecture(architecture_name(checkpoint.fields))
     config = ModelConfig.from_fields(
         checkpoint.fields, checkpoint.eos_token_ids, options.max_model_len

@@ -65,6 +65,13 @@ def serves(device: torch.device) -> bool:
     return device.type == "cuda" and mode() == "auto" and _has_triton()
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether the Triton kernels can write float8_e4m3fn there."""
+    if not serves(device):
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None

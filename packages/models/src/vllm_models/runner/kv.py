@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_traits import ConfigError, DeviceError, KVGroup
 
 from vllm_models.components.context import LayerKV
-from vllm_models.gpu.launch import serves
+from vllm_models.gpu.launch import has_fp8, serves
 from vllm_models.kernels.kv_side import LARGEST, KVSide
 from vllm_models.native.attention import block_shapes as native_shapes
 from vllm_models.native.attention import fits
@@ -94,10 +94,10 @@ def kv_dtype(
             f"kv_cache_dtype is {name!r}, but this model keeps a latent vector in the place of "
             "keys and values, which is small already and stays as it is computed; use auto."
         )
-    if name == "fp8" and not serves(device):
+    if name == "fp8" and not has_fp8(device):
         raise ConfigError(
-            f"kv_cache_dtype is 'fp8', but kernels that compute with it are there on CUDA with "
-            f"Triton only, and not on {device.type}; int8 takes as much memory and works here."
+            "kv_cache_dtype is 'fp8', but only CUDA devices of capability 8.9 and newer convert to "
+            "it, by kernels in Triton; int8 takes as much memory and works here."
         )
     return torch.int8 if name == "int8" else torch.float8_e4m3fn
 
