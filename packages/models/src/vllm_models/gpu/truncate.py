@@ -387,4 +387,5 @@ def _variant(
     }
     arguments = [argument for argument in kernel.arg_names if argument not in constants]
     signature = {argument: types.get(argument, "*fp32") for argument in arguments}
-    return Variant(f"truncate_{name}", kernel, signature, constants, num_warps, no_spills=True)
+    no_spills = kernel is not _threshold_kernel  # four numbers of a kernel that reads little
+    return Variant(f"truncate_{name}", kernel, signature, constants, num_warps, no_spills=no_spills)
