@@ -143,7 +143,7 @@ def test_a_latent_is_not_stored_in_eight_bits() -> None:
 
 
 def test_fp8_without_a_gpu_names_int8(small: Any) -> None:
-    with pytest.raises(ConfigError, match="8.9 and newer .* int8 takes as much"):
+    with pytest.raises(ConfigError, match=r"8\.9 and newer .* int8 takes as much"):
         small.load(kv_cache_dtype="fp8")
 
 
