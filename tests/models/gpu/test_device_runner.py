@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from vllm_core import Engine, SchedulerConfig
+from vllm_core.testing import DelayedBackend
 from vllm_models.runner.device.decode import bucket_sizes
 from vllm_models.runner.device.runner import DeviceRunner
 from vllm_models.runner.device.upload import Upload
@@ -212,3 +213,25 @@ def test_a_cache_of_eight_bits_rounds_as_on_the_cpu(
     assert len(found) == 21 + 6
     assert (expected - exact).abs().max() > 1e-3  # it rounds at all
     assert (found - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("delay", [1, 3])
+def test_late_batches_and_faults_leave_the_tokens_as_they_are(
+    small: Any, triton_path: None, delay: int
+) -> None:
+    late = DelayedBackend(load(small), delay, fail_forward=(3,), fail_result=(6,))
+    engine = Engine(late, SchedulerConfig(max_batch_tokens=16))
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    engine.add(Request("early", PROMPT, params))
+    found: dict[str, tuple[int, ...]] = {}
+    while engine.has_work():
+        for output in engine.step():
+            assert output.error is None, output
+            found[output.request_id] = found.get(output.request_id, ()) + output.token_ids
+    assert late.num_faults == 2
+    assert found == {"early": small.greedy(PROMPT, 6)}
+
+
+def test_the_start_tells_how_attention_reads_its_blocks(small: Any, triton_path: None) -> None:
+    [note] = load(small, enforce_eager=True).memory.notes
+    assert note == "Decode attention reads tiles of 256 positions (heads of 16)."

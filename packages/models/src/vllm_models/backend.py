@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -183,6 +183,10 @@ def _assemble(
     layers, device = model.kv_layers(config), torch.device(memory.device)
     groups = kv_groups(layers, options.block_size, stored)
     kv = allocate_kv(layers, memory.num_blocks, options.block_size, dtype, device, stored)
+    if serves(device):
+        from vllm_models.runner.device.assemble import describe_attention
+
+        memory = replace(memory, notes=(*memory.notes, *describe_attention(kv)))
     max_sequences = options.max_sequences
     ropes = (config.rope, config.local_rope)
     layout = f"{memory.dtype}:{options.block_size}:{groups}:{kv.layout}:{ropes}"

@@ -10,7 +10,7 @@
 
 /* Quantize one run. What is not finite makes the scale so, and with it every result of the row. */
 static void quantize_run(const float *restrict x, int8_t *restrict codes, float *restrict scale,
-                         int32_t *restrict sums) {
+                         int32_t *restrict sums, float *restrict low) {
     uint32_t largest = 0;
     for (int i = 0; i < RUN; i++) {
         uint32_t magnitude = float_bits(x[i]) & 0x7fffffff;
@@ -28,6 +28,7 @@ static void quantize_run(const float *restrict x, int8_t *restrict codes, float 
         for (int i = 0; i < 16; i++) sum += rounded[half * 16 + i];
         sums[half] = sum;
     }
+    *low = *scale * (float)(sums[0] + sums[1]);
 }
 
 /* One run of a row in float32, with zeros after its end. */
@@ -53,7 +54,8 @@ static void quantize_piece(const activations *a, const matrix *x, int64_t from, 
             load_run(x, place, RUN, values);
         else
             load_run(x, place, count > 0 ? count : 0, values);
-        quantize_run(values, a->codes + number * RUN, a->scales + number, a->sums + number * 2);
+        quantize_run(values, a->codes + number * RUN, a->scales + number, a->sums + number * 2,
+                     a->lows + number);
     }
 }
 
@@ -61,8 +63,8 @@ static void quantize_piece(const activations *a, const matrix *x, int64_t from, 
 static void panel_of(const blocks_weight *w, int64_t panel, const activations *a, int64_t first,
                      int64_t rows, const float *bias, const matrix *out) {
     float sums[MAX_ROWS * PANEL] __attribute__((aligned(64)));
-    if (rows == 1)
-        blocks_row(w, panel, a, first, sums);
+    if (rows <= FEW)
+        blocks_few(w, panel, a, first, rows, sums);
     else
         blocks_rows(w, panel, a, first, rows, sums);
     int64_t column = panel * PANEL;
@@ -72,12 +74,13 @@ static void panel_of(const blocks_weight *w, int64_t panel, const activations *a
 
 /* Memory for the activations of a call, behind `before` bytes of something else. */
 static activations room_for(int64_t rows, int64_t columns, size_t before) {
-    activations a = {NULL, NULL, NULL, divide_up(columns, PIECE) * PIECE};
+    activations a = {NULL, NULL, NULL, NULL, divide_up(columns, PIECE) * PIECE};
     int64_t numbers = rows * a.columns;
-    int8_t *memory = scratch(before + (size_t)(numbers + numbers / RUN * 4 + numbers / 16 * 4));
+    int8_t *memory = scratch(before + (size_t)(numbers + numbers / RUN * 8 + numbers / 16 * 4));
     if (memory != NULL) {
         a.scales = (float *)(memory + before);
-        a.sums = (int32_t *)(a.scales + numbers / RUN);
+        a.lows = a.scales + numbers / RUN;
+        a.sums = (int32_t *)(a.lows + numbers / RUN);
         a.codes = (int8_t *)(a.sums + numbers / 16);
     }
     return a;

@@ -1,4 +1,4 @@
-/* What the kernels for one row and for many rows share: the activations, and how a group's products
+/* What the kernels for few rows and for many rows share: the activations, and how a group's products
    start and end. Both do the same operations in the same order, so a row's bits are the same. */
 #ifndef BLOCKS_H
 #define BLOCKS_H
@@ -12,6 +12,7 @@ typedef struct {
     int8_t *codes;   /* [rows][columns] */
     float *scales;   /* [rows][columns / 32] */
     int32_t *sums;   /* of 16 codes: [rows][columns / 16] */
+    float *lows;     /* scale times the sum of 32 codes, for minimums: [rows][columns / 32] */
     int64_t columns; /* padded with zeros to whole records of every format */
 } activations;
 
@@ -35,8 +36,16 @@ INLINE vint dot(vint sum, vbytes codes, int32_t x, const int wide) {
     return wide ? vi_dot_wide(sum, codes, x) : vi_dot(sum, codes, x);
 }
 
+/* Rows that are multiplied by codes on their way from memory; for more it pays to unpack them first. */
+#if defined(CLASS_AVX512)
+#define FEW 4
+#else
+#define FEW 1
+#endif
+
 /* Some rows by one panel of a weight; sums [rows][PANEL]. */
-void blocks_row(const blocks_weight *w, int64_t panel, const activations *a, int64_t row, float *sums);
+void blocks_few(const blocks_weight *w, int64_t panel, const activations *a, int64_t first,
+                int64_t rows, float *sums);
 void blocks_rows(const blocks_weight *w, int64_t panel, const activations *a, int64_t first,
                  int64_t rows, float *sums);
 

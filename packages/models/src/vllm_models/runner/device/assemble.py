@@ -10,6 +10,7 @@ import torch
 from vllm_models.components.decoder import Decoder
 from vllm_models.components.experts import Experts
 from vllm_models.config import ModelConfig
+from vllm_models.gpu.paged_decode import tile_for
 from vllm_models.gpu.sample import sample
 from vllm_models.options import BackendOptions
 from vllm_models.runner.cost import CostModel
@@ -38,6 +39,16 @@ def make_runner(
         sizes = bucket_sizes(options.max_sequences)
         decode = DecodeSteps(model, inputs, sizes, _capture(kv.device))
     return DeviceRunner(model, inputs, cost, decode)
+
+
+def describe_attention(kv: KVPool) -> tuple[str, ...]:
+    """What was chosen for the layers, in sentences."""
+    found: dict[str, None] = {}
+    for keys, values in kv.groups:
+        dim, value_dim = keys.data.shape[-1], values.data.shape[-1]
+        tile = tile_for(dim, value_dim, keys.data.itemsize, keys is values).tile
+        found[f"Decode attention reads tiles of {tile} positions (heads of {dim})."] = None
+    return tuple(found)
 
 
 def _can_capture(model: Decoder) -> bool:
