@@ -63,7 +63,9 @@ static void quantize_piece(const activations *a, const matrix *x, int64_t from, 
 static void panel_of(const blocks_weight *w, int64_t panel, const activations *a, int64_t first,
                      int64_t rows, const float *bias, const matrix *out) {
     float sums[MAX_ROWS * PANEL] __attribute__((aligned(64)));
-    if (rows <= FEW)
+    if (rows == 1)
+        blocks_row(w, panel, a, first, sums);
+    else if (rows <= FEW)
         blocks_few(w, panel, a, first, rows, sums);
     else
         blocks_rows(w, panel, a, first, rows, sums);

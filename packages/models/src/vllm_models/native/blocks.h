@@ -1,5 +1,5 @@
-/* What the kernels for few rows and for many rows share: the activations, and how a group's products
-   start and end. Both do the same operations in the same order, so a row's bits are the same. */
+/* What the kernels for one row, few and many rows share: the activations, and how a group's products
+   start and end. All do the same operations in the same order, so a row's bits are the same. */
 #ifndef BLOCKS_H
 #define BLOCKS_H
 
@@ -44,6 +44,7 @@ INLINE vint dot(vint sum, vbytes codes, int32_t x, const int wide) {
 #endif
 
 /* Some rows by one panel of a weight; sums [rows][PANEL]. */
+void blocks_row(const blocks_weight *w, int64_t panel, const activations *a, int64_t row, float *sums);
 void blocks_few(const blocks_weight *w, int64_t panel, const activations *a, int64_t first,
                 int64_t rows, float *sums);
 void blocks_rows(const blocks_weight *w, int64_t panel, const activations *a, int64_t first,

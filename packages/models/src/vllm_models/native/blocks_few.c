@@ -1,4 +1,5 @@
-/* Quantized weights by few rows of activations: every code is read once, straight into the products. */
+/* Quantized weights by two rows of activations or a few more: every code is read once, straight into
+   the products. What is the same for all rows is found first; one row alone is faster without. */
 #include "blocks.h"
 
 #define AHEAD 8192 /* bytes of prefetch */
@@ -63,12 +64,11 @@ void blocks_few(const blocks_weight *w, int64_t panel, const activations *a, int
     case FEW * number + rows - 1: panel_few(&name, w, panel, a, first, sums, rows); break;
 #if FEW == 4
 #define CASE(name, number, ...) \
-    ROWS_CASE(name, number, 1)  \
     ROWS_CASE(name, number, 2)  \
     ROWS_CASE(name, number, 3)  \
     ROWS_CASE(name, number, 4)
 #else
-#define CASE(name, number, ...) ROWS_CASE(name, number, 1)
+#define CASE(name, number, ...)
 #endif
         FORMATS(CASE)
     }

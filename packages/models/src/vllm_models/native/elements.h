@@ -20,13 +20,8 @@ INLINE void element_store(void *p, int64_t i, float value, const int type) {
     else ((float *)p)[i] = value;
 }
 INLINE void elements_store(void *p, int64_t i, vfloat a, const int type) {
-    float numbers[WIDTH];
-    if (type == FLOAT32_ELEMENTS) {
-        vf_store((float *)p + i, a);
-        return;
-    }
-    vf_store(numbers, a);
-    for (int k = 0; k < WIDTH; k++) ((uint16_t *)p)[i + k] = float_to_bf16(numbers[k]);
+    if (type == BFLOAT16_ELEMENTS) vf_store_bf16((uint16_t *)p + i, a);
+    else vf_store((float *)p + i, a);
 }
 
 /* Below this many numbers a second thread costs more than it does. */

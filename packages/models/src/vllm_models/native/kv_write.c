@@ -45,24 +45,34 @@ INLINE void write_head(char *data, float *scales, int64_t place, int64_t offset,
     else copy_head(data + offset * bytes, from, width, order, bytes);
 }
 
-INLINE void write_all(const struct kv_write *w, const int type) {
+INLINE void write_token(const struct kv_write *w, int64_t t, const int type) {
     const int64_t per = type == BFLOAT16_ELEMENTS ? 2 : 1, bytes = 4 / per;
     const struct order key_order = {per, WIDTH * per}, value_order = {1, per};
-    for (int64_t t = 0; t < w->num_tokens; t++) {
-        int64_t block = w->slots[t] / w->block_size, inside = w->slots[t] % w->block_size;
-        for (int64_t h = 0; h < w->num_kv_heads; h++) {
-            int64_t head = (block * w->num_kv_heads + h) * w->block_size;
-            const char *k = (const char *)w->k + (t * w->k_stride + h * w->key_dim) * bytes;
-            int64_t offset = (head + inside / WIDTH * WIDTH) * w->key_dim + inside % WIDTH * per;
-            write_head(w->keys, w->key_scales, head + inside, offset, k, w->key_dim, key_order, type);
-            if (!w->v) continue;
-            const char *v = (const char *)w->v + (t * w->v_stride + h * w->value_dim) * bytes;
-            offset = (head + inside / per * per) * w->value_dim + inside % per;
-            write_head(w->values, w->value_scales, head + inside, offset, v, w->value_dim,
-                       value_order, type);
-        }
+    int64_t block = w->slots[t] / w->block_size, inside = w->slots[t] % w->block_size;
+    for (int64_t h = 0; h < w->num_kv_heads; h++) {
+        int64_t head = (block * w->num_kv_heads + h) * w->block_size;
+        const char *k = (const char *)w->k + (t * w->k_stride + h * w->key_dim) * bytes;
+        int64_t offset = (head + inside / WIDTH * WIDTH) * w->key_dim + inside % WIDTH * per;
+        write_head(w->keys, w->key_scales, head + inside, offset, k, w->key_dim, key_order, type);
+        if (!w->v) continue;
+        const char *v = (const char *)w->v + (t * w->v_stride + h * w->value_dim) * bytes;
+        offset = (head + inside / per * per) * w->value_dim + inside % per;
+        write_head(w->values, w->value_scales, head + inside, offset, v, w->value_dim,
+                   value_order, type);
     }
 }
 
-void kv_write_bf16(const struct kv_write *w) { write_all(w, BFLOAT16_ELEMENTS); }
-void kv_write_f32(const struct kv_write *w) { write_all(w, FLOAT32_ELEMENTS); }
+/* Whether threads are worth it: the units of a key go to a cache line each. */
+INLINE int is_long(const struct kv_write *w) {
+    return w->num_tokens * w->num_kv_heads * w->key_dim >= WORTH_THREADS / 2;
+}
+
+void kv_write_bf16(const struct kv_write *w) {
+#pragma omp parallel for schedule(static) if (is_long(w))
+    for (int64_t t = 0; t < w->num_tokens; t++) write_token(w, t, BFLOAT16_ELEMENTS);
+}
+
+void kv_write_f32(const struct kv_write *w) {
+#pragma omp parallel for schedule(static) if (is_long(w))
+    for (int64_t t = 0; t < w->num_tokens; t++) write_token(w, t, FLOAT32_ELEMENTS);
+}

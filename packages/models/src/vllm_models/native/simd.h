@@ -36,5 +36,19 @@ INLINE uint16_t float_to_bf16(float value) {
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
 }
+INLINE void vf_store_bf16(uint16_t *p, vfloat a) {
+#if defined(CLASS_AVX512) /* in whole numbers: the instruction for it makes zeros of the smallest */
+    const __m512i bits = _mm512_castps_si512(a), upper = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(upper, vi_set(1));
+    const __m512i more = _mm512_add_epi32(_mm512_add_epi32(bits, vi_set(0x7fff)), odd);
+    const __mmask16 none = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    const __m512i rounded = _mm512_mask_or_epi32(_mm512_srli_epi32(more, 16), none, upper, vi_set(0x40));
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(rounded));
+#else
+    float numbers[WIDTH];
+    vf_store(numbers, a);
+    for (int i = 0; i < WIDTH; i++) p[i] = float_to_bf16(numbers[i]);
+#endif
+}
 
 #endif

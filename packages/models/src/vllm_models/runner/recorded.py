@@ -17,8 +17,8 @@ from vllm_models.native.attention import Spans
 from vllm_models.native.library import Library
 from vllm_models.native.tape import Tape, UnrecordableError
 
-MAX_ROWS = 16  # beyond them the walk is short beside the step
-MAX_BYTES = 128 << 20  # of recordings, which keep the activations of their steps
+MAX_ROWS = 64  # beyond them the walk is short beside the step
+MAX_BYTES = 256 << 20  # of recordings, which keep the activations of their steps
 
 
 class _Recording(NamedTuple):
