@@ -20,10 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_models.gpu.dot import add_dot
+from vllm_models.gpu.grouped_matmul import row_products
 from vllm_models.gpu.launch import Variant
 from vllm_models.gpu.layout import Layout
 from vllm_models.gpu.moe_routing import Places, sort_pairs
-from vllm_models.gpu.planes import Weight, add_products, row_products
+from vllm_models.gpu.planes import add_products
 from vllm_models.gpu.stacked import StackedExperts
 
 _FEW_PAIRS = 64
@@ -81,20 +82,6 @@ def _at(tensor, expert, stride):
 
 
 @triton.jit
-def _of_expert(all_experts, expert, strides):
-    """The `Weight` of an expert, whose tensors begin so many numbers further on for each."""
-    return Weight(
-        _at(all_experts.low, expert, strides[0]),
-        _at(all_experts.high, expert, strides[1]),
-        _at(all_experts.scales, expert, strides[2]),
-        _at(all_experts.offsets, expert, strides[3]),
-        _at(all_experts.factors, expert, strides[4]),
-        _at(all_experts.offset_factors, expert, strides[5]),
-        *(all_experts.table, all_experts.num_rows, all_experts.columns),
-    )
-
-
-@triton.jit
 def _pair_kernel(
     out,
     x,
@@ -126,26 +113,31 @@ def _pair_kernel(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = rows < num_rows
     expert = tl.load(chosen + pair)
-    strides = (low_stride, high_stride, scales_stride, offsets_stride)
-    strides += (factors_stride, offset_factors_stride)
-    weight = Weight(low, high, scales, offsets, factors, offset_factors, table, num_rows, columns)
-    weight = _of_expert(weight, expert, strides)
     row = x + (pair // pairs_per_row).to(tl.int64) * columns
     if LAYOUT is None:
-        places = weight.low + rows[:, None].to(tl.int64) * columns
+        weight = _at(low, expert, low_stride) + rows[:, None].to(tl.int64) * columns
         products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for first in range(0, columns, BLOCK_K):
             column = first + tl.arange(0, BLOCK_K)
             there = column < columns
             some = tl.load(
-                places + column[None, :], mask=is_row[:, None] & there[None, :], other=0.0
+                weight + column[None, :], mask=is_row[:, None] & there[None, :], other=0.0
             )
             x_some = tl.load(row + column, mask=there, other=0.0).to(tl.float32)
             products += some.to(tl.float32) * x_some[None, :]
         sums = tl.sum(products, 1)
     else:
-        num_blocks = tl.cdiv(columns, 8 * LAYOUT.run)
-        sums = row_products(row, weight, rows, is_row, 0, num_blocks, LAYOUT)
+        sums = row_products(
+            row,
+            _at(low, expert, low_stride),
+            _at(high, expert, high_stride),
+            _at(scales, expert, scales_stride),
+            _at(offsets, expert, offsets_stride),
+            _at(factors, expert, factors_stride),
+            _at(offset_factors, expert, offset_factors_stride),
+            *(table, rows, is_row, num_rows, columns, 0, tl.cdiv(columns, 8 * LAYOUT.run)),
+            LAYOUT,
+        )
     if bias is not None:
         own_bias = _at(bias, expert, bias_stride)
         sums += tl.load(own_bias + rows, mask=is_row, other=0.0).to(tl.float32)
@@ -208,22 +200,23 @@ def _blocks_kernel(
         is_pair = pair < num_pairs
         rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         is_row = rows < num_rows
-        strides = (low_stride, high_stride, scales_stride, offsets_stride)
-        strides += (factors_stride, offset_factors_stride)
-        weight = Weight(
-            low, high, scales, offsets, factors, offset_factors, table, num_rows, columns
-        )
-        weight = _of_expert(weight, expert, strides)
-        x_rows = pair // pairs_per_row
         sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         if LAYOUT is None:
+            weight = _at(low, expert, low_stride)
             sums = _dense_products(
-                sums, x, x_rows, is_pair, weight.low, rows, is_row, columns, BLOCK_K
+                *(sums, x, pair // pairs_per_row, is_pair, weight, rows, is_row, columns), BLOCK_K
             )
         else:
-            last_block = tl.cdiv(columns, 8 * LAYOUT.run)
             sums = add_products(
-                sums, x, x_rows, is_pair, weight, rows, is_row, 0, last_block, LAYOUT
+                *(sums, x, pair // pairs_per_row, is_pair),
+                _at(low, expert, low_stride),
+                _at(high, expert, high_stride),
+                _at(scales, expert, scales_stride),
+                _at(offsets, expert, offsets_stride),
+                _at(factors, expert, factors_stride),
+                _at(offset_factors, expert, offset_factors_stride),
+                *(table, rows, is_row, num_rows, columns, 0, tl.cdiv(columns, 8 * LAYOUT.run)),
+                LAYOUT,
             )
         if bias is not None:
             own_bias = _at(bias, expert, bias_stride)

@@ -22,25 +22,34 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_models.gpu.launch import Variant
-from vllm_models.gpu.paged_chunks import ITEM, base_for, chunk_start, most_chunks
-from vllm_models.gpu.paged_shapes import POOLS, SHAPES, Head, Shape, Sizes, sizes
+from vllm_models.gpu.paged_chunks import (
+    ITEM,
+    base_for,
+    chunk_start,
+    most_chunks,
+)
+from vllm_models.gpu.paged_shapes import POOLS, SHAPES, Shape, sizes
 from vllm_models.gpu.paged_tile import (
-    KV,
     Scoring,
-    Sums,
     as_stored,
     attend_tile,
-    load_queries,
-    no_sums,
-    rows_of,
-    store_answers,
-    store_head,
+    load_part,
+    store_part,
+    with_sink,
 )
 from vllm_models.gpu.spans import Chunks, GpuSpans
 
 _TILE_BYTES = 32768  # of keys and values
 _OTHER_BYTES = 8192  # of shared memory, for queries and weights
 _MAX_WARPS = 8  # on a multiprocessor: with 255 registers each
+
+
+@triton.jit
+def _rows_of(start, queries, part, GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """Query and head of the group of every row, and which rows are there."""
+    row = tl.arange(0, ROWS)
+    query, head = row // HEADS, part * HEADS + row % HEADS
+    return start + query, head, query, (query < queries) & (head < GROUP)
 
 
 @triton.jit
@@ -62,64 +71,151 @@ def _decode_kernel(
     window,
     q_stride,
     table_stride,
-    S: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    IS_SHARED: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    VALUE_MAIN: tl.constexpr,
+    VALUE_REST: tl.constexpr,
     BASE: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    kv = KV(keys, key_scales, values, value_scales)
-    items_of_chunk: tl.constexpr = S.num_kv_heads * S.parts
-    for work in range(tl.program_id(0), tl.load(count) * items_of_chunk, tl.num_programs(0)):
-        item = items + (work // items_of_chunk) * ITEM
-        kv_head, part = work % items_of_chunk // S.parts, work % S.parts
+    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    total_work = tl.load(count) * (NUM_KV_HEADS * PARTS)
+    for work in range(tl.program_id(0), total_work, tl.num_programs(0)):
+        item = items + (work // (NUM_KV_HEADS * PARTS)) * ITEM
+        kv_head, part = work % (NUM_KV_HEADS * PARTS) // PARTS, work % PARTS
         start, queries, row = tl.load(item), tl.load(item + 1), tl.load(item + 2)
         length, chunk, is_only = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
-        query, heads, there = rows_of(0, queries, kv_head, part, S.rows, S)
-        q_parts = load_queries(q, start + query, q_stride, heads, there, S)
+        token, head, query, there = _rows_of(start, queries, part, GROUP, HEADS, ROWS)
+        place = token.to(tl.int64) * q_stride + (kv_head * GROUP + head) * DIM
+        q_main = load_part(q, place, there, 1, 0, MAIN, DIM, True)
+        q_rest = q_main
+        if REST > 0:
+            q_rest = load_part(q, place, there, 1, MAIN, REST, DIM, True)
         high = length - queries + query + 1
+        low = high - window
         first = chunk_start(chunk, BASE)
         end = tl.minimum(chunk_start(chunk + 1, BASE), length)
-        if S.has_window:
+        if HAS_WINDOW:
             seen = tl.maximum(length - queries + 1 - window, 0)
-            first = tl.maximum(first, seen // S.tile * S.tile)
+            first = tl.maximum(first, seen // TILE * TILE)
         table = tables + row.to(tl.int64) * table_stride
-        attended = no_sums(S.rows, S.values)
-        for position in tl.range(first, end, S.tile, num_stages=S.num_stages):
-            attended = attend_tile(
-                *(attended, q_parts, kv, table, kv_head, position, end, (high - window, high)),
-                *((scale, soft_cap), S, True),
+        acc = tl.zeros([ROWS, VALUE_MAIN], dtype=tl.float32)
+        acc_rest = tl.zeros([ROWS, VALUE_REST if VALUE_REST > 0 else 1], dtype=tl.float32)
+        largest = tl.full([ROWS], -1.0e30, dtype=tl.float32)
+        total = tl.zeros([ROWS], dtype=tl.float32)
+        for position in tl.range(first, end, TILE, num_stages=STAGES):
+            acc, acc_rest, largest, total = attend_tile(
+                acc,
+                acc_rest,
+                largest,
+                total,
+                q_main,
+                q_rest,
+                keys,
+                key_scales,
+                values,
+                value_scales,
+                table,
+                position,
+                end,
+                low,
+                high,
+                kv_head,
+                scale,
+                soft_cap,
+                HAS_WINDOW,
+                HAS_CAP,
+                IS_SHARED,
+                NUM_KV_HEADS,
+                BLOCK_SIZE,
+                DIM,
+                MAIN,
+                REST,
+                VALUE_DIM,
+                VALUE_STRIDE,
+                VALUE_MAIN,
+                VALUE_REST,
+                TILE,
+                True,
             )
         if is_only != 0:
-            store_answers(out, attended, sinks, start + query, heads, there, S)
+            heads = kv_head * GROUP + head
+            acc, acc_rest, total = with_sink(acc, acc_rest, largest, total, sinks, heads, there)
+            total = tl.where(there, total, 1.0)
+            places = token.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
+            element = out.dtype.element_ty
+            main = (acc / total[:, None]).to(element)
+            store_part(out, places, there, main, VALUE_DIM, 0, VALUE_MAIN)
+            if VALUE_REST > 0:
+                rest = (acc_rest / total[:, None]).to(element)
+                store_part(out, places, there, rest, VALUE_DIM, VALUE_MAIN, VALUE_REST)
         else:
-            places = tl.arange(0, S.rows) + work * tl.full([1], S.rows, dtype=tl.int64)
-            store_head(partials, places, there, attended.acc, attended.rest, S.values)
-            tl.store(sums + 2 * places, attended.largest, mask=there)
-            tl.store(sums + 2 * places + 1, attended.total, mask=there)
+            places = tl.arange(0, ROWS) + work * tl.full([1], ROWS, dtype=tl.int64)
+            store_part(partials, places, there, acc, VALUE_DIM, 0, VALUE_MAIN)
+            if VALUE_REST > 0:
+                store_part(partials, places, there, acc_rest, VALUE_DIM, VALUE_MAIN, VALUE_REST)
+            tl.store(sums + 2 * places, largest, mask=there)
+            tl.store(sums + 2 * places + 1, total, mask=there)
 
 
 @triton.jit
-def _reduce_kernel(out, partials, sums, items, ends, sinks, S: tl.constexpr, USED: tl.constexpr):
+def _reduce_kernel(
+    out,
+    partials,
+    sums,
+    items,
+    ends,
+    sinks,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    USED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     before, after = tl.load(ends + tl.program_id(0)), tl.load(ends + tl.program_id(0) + 1)
     if after - before > 1:
-        kv_head, part = tl.program_id(1) // S.parts, tl.program_id(1) % S.parts
+        kv_head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
         start = tl.load(items + before * ITEM)
         queries = tl.load(items + before * ITEM + 1)
-        query, heads, there = rows_of(0, queries, kv_head, part, USED, S)
-        columns = tl.arange(0, S.values.main)
-        mask = there[:, None] & (columns < S.values.width)[None, :]
-        joined = no_sums(USED, S.values)
+        token, head, _query, there = _rows_of(start, queries, part, GROUP, HEADS, USED)
+        columns = tl.arange(0, WIDTH)
+        mask = there[:, None] & (columns < VALUE_DIM)[None, :]
+        acc = tl.zeros([USED, WIDTH], dtype=tl.float32)
+        largest = tl.full([USED], -1.0e30, dtype=tl.float32)
+        total = tl.zeros([USED], dtype=tl.float32)
         for item in range(before, after):
-            work = item * tl.full([1], S.num_kv_heads * S.parts, dtype=tl.int64) + tl.program_id(1)
-            places = work * S.rows + tl.arange(0, USED)
-            pointers = partials + places[:, None] * S.values.width + columns[None, :]
+            work = item * tl.full([1], NUM_KV_HEADS * PARTS, dtype=tl.int64) + tl.program_id(1)
+            places = work * ROWS + tl.arange(0, USED)
+            pointers = partials + places[:, None] * VALUE_DIM + columns[None, :]
             added = tl.load(pointers, mask=mask, other=0.0)
             its_largest = tl.load(sums + 2 * places, mask=there, other=0.0)
             its_total = tl.load(sums + 2 * places + 1, mask=there, other=1.0)
-            largest = tl.maximum(joined.largest, its_largest)
-            shrink, its_shrink = tl.exp2(joined.largest - largest), tl.exp2(its_largest - largest)
-            acc = joined.acc * shrink[:, None] + added * its_shrink[:, None]
-            total = joined.total * shrink + its_total * its_shrink
-            joined = Sums(acc, joined.rest, largest, total)
-        store_answers(out, joined, sinks, start + query, heads, there, S)
+            above = tl.maximum(largest, its_largest)
+            shrink, its_shrink = tl.exp2(largest - above), tl.exp2(its_largest - above)
+            acc = acc * shrink[:, None] + added * its_shrink[:, None]
+            total = total * shrink + its_total * its_shrink
+            largest = above
+        heads = kv_head * GROUP + head
+        acc, acc, total = with_sink(acc, acc, largest, total, sinks, heads, there)
+        total = tl.where(there, total, 1.0)
+        places = token.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
+        done = (acc / total[:, None]).to(out.dtype.element_ty)
+        store_part(out, places, there, done, VALUE_DIM, 0, WIDTH)
 
 
 class Tiling(NamedTuple):
@@ -181,46 +277,44 @@ def decode(
         chunks: Of the step.
         scoring: Of the layer.
     """
-    layer = sizes(keys[0], values[0], q.shape[1], spans.window > 0, scoring.soft_cap > 0)
-    known, tiling = _for_items(layer, chunks.max_queries, keys[0].itemsize)
-    pairs = layer.num_kv_heads * known.parts
+    known = sizes(keys[0], values[0])
+    group, value_dim = q.shape[1] // keys[0].shape[1], values[0].shape[3]
+    heads, rows = _rows(group, chunks.max_queries, value_dim)
+    parts = keys[0].shape[1] * triton.cdiv(group, heads)
+    packing = {"NUM_KV_HEADS": keys[0].shape[1], "GROUP": group, "HEADS": heads, "ROWS": rows}
+    tiling = tile_for(q.shape[2], value_dim, keys[0].itemsize, bool(known["IS_SHARED"]))
     most = most_chunks(spans.max_length, spans.window, chunks.base)
-    split = len(chunks.items) * pairs * known.rows if most > 1 else 0
-    partials = torch.empty((split, layer.values.width), dtype=torch.float32, device=q.device)
+    split = len(chunks.items) * parts * rows if most > 1 else 0
+    partials = torch.empty((split, value_dim), dtype=torch.float32, device=q.device)
     sums = torch.empty((split, 2), dtype=torch.float32, device=q.device)
-    programs = min(len(chunks.items) * pairs, _programs(tiling, q.device))
+    programs = min(len(chunks.items) * parts, _programs(tiling, q.device))
     _decode_kernel[(programs,)](
         *(out, partials, sums, q, as_stored(keys[0]), keys[1], as_stored(values[0]), values[1]),
         *(chunks.items, chunks.ends[-1:], spans.tables, scoring.sinks, *scoring.factors),
         *(spans.window, q.stride(0), spans.tables.stride(0)),
-        S=known,
+        HAS_WINDOW=spans.window > 0,
+        HAS_CAP=scoring.soft_cap > 0,
+        **(known | packing),
         BASE=chunks.base,
+        TILE=tiling.tile,
+        STAGES=tiling.num_stages,
         num_warps=tiling.num_warps,
     )
     if most > 1:
-        used = known.heads * chunks.max_queries
-        _reduce_kernel[(len(spans.rows), pairs)](
+        _reduce_kernel[(len(spans.rows), parts)](
             *(out, partials, sums, chunks.items, chunks.ends, scoring.sinks),
-            S=_for_reduce(known),
-            USED=used,
-            num_warps=_reduce_warps(used, layer.values.width),
+            **packing,
+            USED=heads * chunks.max_queries,
+            VALUE_DIM=value_dim,
+            WIDTH=triton.next_power_of_2(value_dim),
+            num_warps=_reduce_warps(heads * chunks.max_queries, value_dim),
         )
 
 
-def _for_items(layer: Sizes, max_queries: int, itemsize: int) -> tuple[Sizes, Tiling]:
-    """Of items: as many heads and rows as registers hold sums of."""
-    value_dim = layer.values.width
-    heads = min(triton.next_power_of_2(layer.group), 32 if value_dim > 256 else 64)
-    rows = max(16, heads * max_queries)
-    tiling = tile_for(layer.keys.width, value_dim, itemsize, layer.is_shared)
-    known = layer._replace(heads=heads, rows=rows, tile=tiling.tile, num_stages=tiling.num_stages)
-    return known, tiling
-
-
-def _for_reduce(known: Sizes) -> Sizes:
-    """Partial sums are read as a whole."""
-    width = known.values.width
-    return known._replace(values=Head(width, width, triton.next_power_of_2(width), 0))
+def _rows(group: int, max_queries: int, value_dim: int) -> tuple[int, int]:
+    """Heads and rows of an item: as many as registers hold sums of."""
+    heads = min(triton.next_power_of_2(group), 32 if value_dim > 256 else 64)
+    return heads, max(16, heads * max_queries)
 
 
 def _reduce_warps(rows: int, value_dim: int) -> int:
@@ -237,30 +331,38 @@ def variants() -> tuple[Variant, ...]:
 
 
 def _variant(shape: Shape, pool: str) -> Variant:
-    known, tiling = _for_items(shape.sizes, 1, 2 if pool == "bf16" else 1)
+    heads, rows = _rows(shape.group, 1, shape.value_dim)
+    itemsize = 2 if pool == "bf16" else 1
+    tiling = tile_for(shape.dim, shape.value_dim, itemsize, shape.is_shared)
     integers = ("window", "q_stride", "table_stride")
-    signature, absent = shape.arguments(pool)
+    signature, constants = shape.arguments(pool)
     signature |= {
         **dict.fromkeys(("partials", "sums"), "*fp32"),
         **dict.fromkeys(("items", "count"), "*i32"),
         **dict.fromkeys(integers, "i32"),
     }
-    constants = {**absent, "S": known, "BASE": base_for(shape.group)}
+    constants |= {"HEADS": heads, "ROWS": rows, "BASE": base_for(shape.group)}
+    constants |= {"TILE": tiling.tile, "STAGES": tiling.num_stages}
     name = f"paged_decode-{pool}-{shape.name}"
     stages = tiling.num_stages
     return Variant(name, _decode_kernel, signature, constants, tiling.num_warps, stages, True)
 
 
 def _reduce_variant(shape: Shape) -> Variant:
-    known, _tiling = _for_items(shape.sizes, 1, 2)
+    heads, rows = _rows(shape.group, 1, shape.value_dim)
     signature = {
         "out": "*bf16",
         **dict.fromkeys(("partials", "sums"), "*fp32"),
         **dict.fromkeys(("items", "ends"), "*i32"),
         **({"sinks": "*bf16"} if shape.has_sinks else {}),
     }
-    constants = {"S": _for_reduce(known), "USED": known.heads}
-    constants |= {} if shape.has_sinks else {"sinks": None}
-    warps = _reduce_warps(known.heads, shape.value_dim)
+    constants = {
+        **({} if shape.has_sinks else {"sinks": None}),
+        **{"NUM_KV_HEADS": shape.num_kv_heads, "GROUP": shape.group, "HEADS": heads, "ROWS": rows},
+        "USED": heads,
+        "VALUE_DIM": shape.value_dim,
+        "WIDTH": triton.next_power_of_2(shape.value_dim),
+    }
+    warps = _reduce_warps(heads, shape.value_dim)
     name = f"paged_reduce-{shape.name}"
     return Variant(name, _reduce_kernel, signature, constants, warps, no_spills=True)

@@ -4,7 +4,7 @@ Rows m of queries see the positions low[m] <= p < high[m]. With scores in powers
 
     s = q k^T * scale * log2(e)     m = max s     total = sum 2^(s - m)     acc = sum 2^(s - m) v
 
-A head is read in two parts, see `paged_shapes.Head`; S is always a `paged_shapes.Sizes`.
+A head is read in two parts, the largest power of two and what is left: 576 = 512 + 64.
 """
 
 from __future__ import annotations
@@ -23,100 +23,47 @@ _LOG2_E = math.log2(math.e)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-class KV(NamedTuple):
-    """Keys and values in a kernel: [B, K, P, D] and [B, K, P, W], scales [B, K, P] or None."""
-
-    key_data: tl.tensor
-    key_scales: tl.tensor | None
-    value_data: tl.tensor
-    value_scales: tl.tensor | None
-
-
-class Sums(NamedTuple):
-    """What rows have attended to: acc [M, main] and [M, rest] of a head, largest and total [M]."""
-
-    acc: tl.tensor
-    rest: tl.tensor
-    largest: tl.tensor
-    total: tl.tensor
-
-
 @triton.jit
-def no_sums(ROWS: tl.constexpr, HEAD: tl.constexpr):
-    """The sums of rows that have seen nothing."""
-    MAIN: tl.constexpr = HEAD.main
-    REST: tl.constexpr = HEAD.rest if HEAD.rest > 0 else 1
-    acc, rest = tl.zeros([ROWS, MAIN], tl.float32), tl.zeros([ROWS, REST], tl.float32)
-    return Sums(acc, rest, tl.full([ROWS], -1.0e30, tl.float32), tl.zeros([ROWS], tl.float32))
-
-
-@triton.jit
-def rows_of(first, queries, kv_head, part, ROWS: tl.constexpr, S: tl.constexpr):
-    """Query and head of every row, and which rows are there, from the query `first` on."""
-    row = tl.arange(0, ROWS)
-    query, head = first + row // S.heads, part * S.heads + row % S.heads
-    return query, kv_head * S.group + head, (query < queries) & (head < S.group)
-
-
-@triton.jit
-def load_queries(q, tokens, stride, heads, there, S: tl.constexpr):
-    """The queries of rows: both parts."""
-    places = tokens.to(tl.int64) * stride + heads * S.keys.width
-    main = _main(q, places, there, q.dtype.element_ty, S.keys, True)
-    rest = main
-    if S.keys.rest > 0:
-        rest = _rest(q, places, there, q.dtype.element_ty, S.keys, True)
-    return main, rest
-
-
-@triton.jit
-def _places(table, first, end, kv_head, S: tl.constexpr):
-    """Of a tile of positions in the KV seen as [B * K * P, D]; `first` is a multiple of a tile."""
-    offsets = tl.arange(0, S.tile)
-    if S.block_size % S.tile == 0:
-        block = tl.load(table + first // S.block_size).to(tl.int64)
-        inside = first % S.block_size + offsets
-    else:
-        blocks = table + (first + offsets) // S.block_size
-        block = tl.load(blocks, mask=first + offsets < end, other=0).to(tl.int64)
-        inside = (first + offsets) % S.block_size
-    return (block * S.num_kv_heads + kv_head) * S.block_size + inside
-
-
-@triton.jit
-def _load_part(
-    data, places, there, FIRST: tl.constexpr, SIZE: tl.constexpr, HEAD: tl.constexpr, MASKED
+def tile_rows(
+    table,
+    first,
+    end,
+    head,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Columns FIRST .. FIRST + SIZE of heads that begin at some places."""
+    """Places of TILE positions in the KV seen as [B * K * P, D]; `first` is a multiple of TILE."""
+    offsets = tl.arange(0, TILE)
+    if BLOCK_SIZE % TILE == 0:
+        block = tl.load(table + first // BLOCK_SIZE).to(tl.int64)
+        inside = first % BLOCK_SIZE + offsets
+    else:
+        blocks = table + (first + offsets) // BLOCK_SIZE
+        block = tl.load(blocks, mask=first + offsets < end, other=0).to(tl.int64)
+        inside = (first + offsets) % BLOCK_SIZE
+    return (block * NUM_KV_HEADS + head) * BLOCK_SIZE + inside
+
+
+@triton.jit
+def load_part(
+    data,
+    rows,
+    there,
+    STRIDE: tl.constexpr,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Columns FIRST .. FIRST + SIZE of some rows, of which a head has WIDTH."""
     columns = FIRST + tl.arange(0, SIZE)
-    pointers = data + places[:, None] + columns[None, :]
-    if HEAD.width < FIRST + SIZE:
-        return tl.load(pointers, mask=there[:, None] & (columns < HEAD.width)[None, :], other=0)
+    pointers = data + rows[:, None] * STRIDE + columns[None, :]
+    if FIRST + SIZE > WIDTH:
+        return tl.load(pointers, mask=there[:, None] & (columns < WIDTH)[None, :], other=0)
     if MASKED:
         return tl.load(pointers, mask=there[:, None], other=0)
     return tl.load(pointers)
-
-
-@triton.jit
-def _main(data, places, there, element: tl.constexpr, HEAD: tl.constexpr, MASKED: tl.constexpr):
-    """The main part of heads that begin at some places, as `element`.
-
-    Args:
-        data: Queries, keys or values.
-        places: [M] in numbers.
-        there: [M] which of them are read; others are zeros if MASKED.
-        element: The type to have them in.
-        HEAD: A `Head`.
-        MASKED: Some may not be there.
-    """
-    return as_element(_load_part(data, places, there, 0, HEAD.main, HEAD, MASKED), element)
-
-
-@triton.jit
-def _rest(data, places, there, element: tl.constexpr, HEAD: tl.constexpr, MASKED: tl.constexpr):
-    """The rest of them."""
-    part = _load_part(data, places, there, HEAD.main, HEAD.rest, HEAD, MASKED)
-    return as_element(part, element)
 
 
 @triton.jit
@@ -164,11 +111,10 @@ def _from_float8(numbers, element: tl.constexpr):
 
 
 @triton.jit
-def _scores(products, key_scales, places, there, factors, HAS_CAP: tl.constexpr):
+def _scores(products, key_scales, rows, there, scale, soft_cap, HAS_CAP: tl.constexpr):
     """Scores from products of queries and keys, and the factor that they lack."""
     if key_scales is not None:
-        products = products * tl.load(key_scales + places, mask=there, other=0.0)[None, :]
-    scale, soft_cap = factors
+        products = products * tl.load(key_scales + rows, mask=there, other=0.0)[None, :]
     if HAS_CAP:
         # `scale` is that of the hyperbolic tangent: 2 log2(e) / cap times that of the scores.
         return soft_cap * (1.0 - 2.0 / (tl.exp2(products * scale) + 1.0)), 1.0
@@ -177,99 +123,103 @@ def _scores(products, key_scales, places, there, factors, HAS_CAP: tl.constexpr)
 
 @triton.jit
 def attend_tile(
-    sums, q, kv, table, kv_head, first, end, bounds, factors, S: tl.constexpr, MASKED: tl.constexpr
+    acc,
+    acc_rest,
+    largest,
+    total,
+    q,
+    q_rest,
+    keys,
+    key_scales,
+    values,
+    value_scales,
+    table,
+    first,
+    end,
+    low,
+    high,
+    head,
+    scale,
+    soft_cap,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    IS_SHARED: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    VALUE_MAIN: tl.constexpr,
+    VALUE_REST: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """`sums` and a tile of positions.
-
-    Args:
-        sums: `Sums` of the rows.
-        q: Both parts of the queries.
-        kv: `KV`.
-        table: Blocks of the sequence.
-        kv_head: Of the rows.
-        first: Position where the tile begins.
-        end: Positions from there on are not read.
-        bounds: [M] the first position that a row sees, if there is a window, and [M] the one after
-            the last.
-        factors: See `Scoring.factors`.
-        S: Of the layer and the program.
-        MASKED: Rows may not see all of the tile.
-    """
-    TILE: tl.constexpr = S.tile
-    element: tl.constexpr = q[0].dtype
-    low, high = bounds
-    places = _places(table, first, end, kv_head, S)
+    """Add the positions first .. first + TILE, which are read up to `end`."""
+    element: tl.constexpr = q.dtype
+    rows = tile_rows(table, first, end, head, NUM_KV_HEADS, BLOCK_SIZE, TILE)
     positions = first + tl.arange(0, TILE)
     there = positions < end
-    k_places, v_places = places * S.keys.stride, places * S.values.stride
-    k = _main(kv.key_data, k_places, there, element, S.keys, MASKED)
-    products = tl.zeros([q[0].shape[0], TILE], dtype=tl.float32)
-    products = add_dot(products, q[0], tl.trans(k))
-    k_rest = k
-    if S.keys.rest > 0:
-        k_rest = _rest(kv.key_data, k_places, there, element, S.keys, MASKED)
-        products = add_dot(products, q[1], tl.trans(k_rest))
-    scores, factor = _scores(products, kv.key_scales, places, there, factors, S.has_cap)
+    k = as_element(load_part(keys, rows, there, DIM, 0, MAIN, DIM, MASKED), element)
+    products = tl.zeros([q.shape[0], TILE], dtype=tl.float32)
+    products = add_dot(products, q, tl.trans(k))
+    if REST > 0:
+        k_rest = as_element(load_part(keys, rows, there, DIM, MAIN, REST, DIM, MASKED), element)
+        products = add_dot(products, q_rest, tl.trans(k_rest))
+    scores, factor = _scores(products, key_scales, rows, there, scale, soft_cap, HAS_CAP)
     if MASKED:
         seen = positions[None, :] < high[:, None]
-        if S.has_window:
+        if HAS_WINDOW:
             seen &= positions[None, :] >= low[:, None]
         scores = tl.where(seen, scores, float("-inf"))
-    largest = tl.maximum(sums.largest, tl.max(scores, axis=1) * factor)
+    above = tl.maximum(largest, tl.max(scores, axis=1) * factor)
     # Said to be one rounding, so that it is one with masks and without.
-    weights = tl.exp2(tl.fma(scores, factor, -largest[:, None]))
-    shrink = tl.exp2(sums.largest - largest)
-    total = sums.total * shrink + tl.sum(weights, axis=1)
-    acc, rest = sums.acc * shrink[:, None], sums.rest
-    if kv.value_scales is not None:
-        weights *= tl.load(kv.value_scales + places, mask=there, other=0.0)[None, :]
+    weights = tl.exp2(tl.fma(scores, factor, -above[:, None]))
+    shrink = tl.exp2(largest - above)
+    total = total * shrink + tl.sum(weights, axis=1)
+    acc = acc * shrink[:, None]
+    if value_scales is not None:
+        weights = weights * tl.load(value_scales + rows, mask=there, other=0.0)[None, :]
     weights = weights.to(element)
-    v, v_rest = k, k_rest
-    if not S.is_read_once:
-        v = _main(kv.value_data, v_places, there, element, S.values, MASKED)
+    if IS_SHARED and VALUE_MAIN == MAIN:
+        v = k
+    else:
+        v = load_part(values, rows, there, VALUE_STRIDE, 0, VALUE_MAIN, VALUE_DIM, MASKED)
+        v = as_element(v, element)
     acc = add_dot(acc, weights, v)
-    if S.values.rest > 0:
-        if not S.is_read_once:
-            v_rest = _rest(kv.value_data, v_places, there, element, S.values, MASKED)
-        rest = add_dot(rest * shrink[:, None], weights, v_rest)
-    return Sums(acc, rest, largest, total)
+    if VALUE_REST > 0:
+        if IS_SHARED and VALUE_DIM == DIM:
+            v_rest = k_rest
+        else:
+            v_rest = load_part(
+                values, rows, there, VALUE_STRIDE, VALUE_MAIN, VALUE_REST, VALUE_DIM, MASKED
+            )
+            v_rest = as_element(v_rest, element)
+        acc_rest = add_dot(acc_rest * shrink[:, None], weights, v_rest)
+    return acc, acc_rest, above, total
 
 
 @triton.jit
-def _with_sink(sums, sinks, heads, there):
+def with_sink(acc, acc_rest, largest, total, sinks, heads, there):
     """A score of nothing beside the others."""
-    sink = tl.load(sinks + heads, mask=there, other=0.0).to(tl.float32) * 1.4426950408889634
-    largest = tl.maximum(sums.largest, sink)
-    shrink = tl.exp2(sums.largest - largest)
-    total = sums.total * shrink + tl.exp2(sink - largest)
-    return Sums(sums.acc * shrink[:, None], sums.rest * shrink[:, None], largest, total)
-
-
-@triton.jit
-def _store_part(out, places, there, part, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH):
-    """Put [M, SIZE] into columns FIRST .. of rows that have WIDTH of them."""
-    columns = FIRST + tl.arange(0, SIZE)
-    mask = there[:, None] & (columns < WIDTH)[None, :]
-    pointers = out + places[:, None] * WIDTH + columns[None, :]
-    tl.store(pointers, part.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def store_head(out, places, there, main, rest, HEAD: tl.constexpr):
-    """Put both parts of heads to some places of `out`, counted in heads."""
-    _store_part(out, places, there, main, 0, HEAD.main, HEAD.width)
-    if HEAD.rest > 0:
-        _store_part(out, places, there, rest, HEAD.main, HEAD.rest, HEAD.width)
-
-
-@triton.jit
-def store_answers(out, sums, sinks, tokens, heads, there, S: tl.constexpr):
-    """Put what rows have attended to, sinks included, into out [T, H, W]."""
     if sinks is not None:
-        sums = _with_sink(sums, sinks, heads, there)
-    total = tl.where(there, sums.total, 1.0)[:, None]
-    places = tokens.to(tl.int64) * (S.num_kv_heads * S.group) + heads
-    store_head(out, places, there, sums.acc / total, sums.rest / total, S.values)
+        sink = tl.load(sinks + heads, mask=there, other=0.0).to(tl.float32) * 1.4426950408889634
+        above = tl.maximum(largest, sink)
+        shrink = tl.exp2(largest - above)
+        total = total * shrink + tl.exp2(sink - above)
+        acc, acc_rest = acc * shrink[:, None], acc_rest * shrink[:, None]
+    return acc, acc_rest, total
+
+
+@triton.jit
+def store_part(
+    out, places, there, part, STRIDE: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr
+):
+    """Put [M, ...] into columns FIRST .. of rows that have STRIDE of them."""
+    columns = FIRST + tl.arange(0, SIZE)
+    mask = there[:, None] & (columns < STRIDE)[None, :]
+    tl.store(out + places[:, None] * STRIDE + columns[None, :], part, mask=mask)
 
 
 class Scoring(NamedTuple):
