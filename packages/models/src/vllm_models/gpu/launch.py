@@ -19,6 +19,8 @@ from vllm_traits import ConfigError
 
 Mode = Literal["auto", "off", "interpret"]
 _MODES: tuple[Mode, ...] = ("auto", "off", "interpret")
+if os.environ.get("VLLM_LITE_TRITON") == "interpret":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do
 
 
 class Variant(NamedTuple):
@@ -85,6 +87,4 @@ def kernels_for(x: Tensor) -> ModuleType | None:
 @functools.cache
 def kernels() -> ModuleType:
     """The kernels, for a device that they serve."""
-    if mode() == "interpret":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
     return importlib.import_module("vllm_models.gpu.kernels")

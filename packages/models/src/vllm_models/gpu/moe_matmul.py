@@ -77,8 +77,10 @@ def _num_stages(layout: Layout | None, dtype: torch.dtype) -> int:
 
 @triton.jit
 def _at(tensor, expert, stride):
-    """Where an expert's part of a tensor begins, if there is a tensor."""
-    return tensor if tensor is None else tensor + expert.to(tl.int64) * stride
+    """Where an expert's part of a tensor begins. Triton 3.6 returns no None, so callers ask whether
+    there is a tensor.
+    """
+    return tensor + expert.to(tl.int64) * stride
 
 
 @triton.jit
@@ -130,11 +132,13 @@ def _pair_kernel(
         sums = row_products(
             row,
             _at(low, expert, low_stride),
-            _at(high, expert, high_stride),
-            _at(scales, expert, scales_stride),
-            _at(offsets, expert, offsets_stride),
-            _at(factors, expert, factors_stride),
-            _at(offset_factors, expert, offset_factors_stride),
+            high if high is None else _at(high, expert, high_stride),
+            scales if scales is None else _at(scales, expert, scales_stride),
+            offsets if offsets is None else _at(offsets, expert, offsets_stride),
+            factors if factors is None else _at(factors, expert, factors_stride),
+            offset_factors
+            if offset_factors is None
+            else _at(offset_factors, expert, offset_factors_stride),
             *(table, rows, is_row, num_rows, columns, 0, tl.cdiv(columns, 8 * LAYOUT.run)),
             LAYOUT,
         )
@@ -210,11 +214,13 @@ def _blocks_kernel(
             sums = add_products(
                 *(sums, x, pair // pairs_per_row, is_pair),
                 _at(low, expert, low_stride),
-                _at(high, expert, high_stride),
-                _at(scales, expert, scales_stride),
-                _at(offsets, expert, offsets_stride),
-                _at(factors, expert, factors_stride),
-                _at(offset_factors, expert, offset_factors_stride),
+                high if high is None else _at(high, expert, high_stride),
+                scales if scales is None else _at(scales, expert, scales_stride),
+                offsets if offsets is None else _at(offsets, expert, offsets_stride),
+                factors if factors is None else _at(factors, expert, factors_stride),
+                offset_factors
+                if offset_factors is None
+                else _at(offset_factors, expert, offset_factors_stride),
                 *(table, rows, is_row, num_rows, columns, 0, tl.cdiv(columns, 8 * LAYOUT.run)),
                 LAYOUT,
             )
