@@ -6,6 +6,7 @@ and the best of several rounds, because the machine is rarely quiet.
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
 import time
@@ -169,4 +170,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m benchmarks.core", description=__doc__).parse_args()
     sys.exit(main())

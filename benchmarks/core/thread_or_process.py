@@ -1,12 +1,13 @@
 """An engine on a thread against one in a child process, behind the same event loop.
 
-`python -m benchmarks.core.thread_or_process [streams]`. The backend sleeps like a device; the loop
-does per token what a server does (a JSON event). Reported are the time of a step, tokens per
-second and how late the loop is. The child speaks JSON lines over pipes, one line per step.
+The backend sleeps like a device; the loop does per token what a server does (a JSON event).
+Reported are the time of a step, tokens per second and how late the loop is. The child speaks JSON
+lines over pipes, one line per step.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import sys
@@ -157,4 +158,8 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--child"]:
         child()
     else:
-        main(int(sys.argv[1]) if sys.argv[1:] else 256)
+        parser = argparse.ArgumentParser(
+            prog="python -m benchmarks.core.thread_or_process", description=__doc__
+        )
+        parser.add_argument("streams", type=int, nargs="?", default=256)
+        main(parser.parse_args().streams)

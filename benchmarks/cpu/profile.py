@@ -226,7 +226,8 @@ class Decoding:
             model=given.model,
             device="cpu",
             num_threads=given.threads,
-            kv_cache_memory=1 << 30,
+            kv_cache_memory=4 << 30,
+            max_num_seqs=given.batch,
             isq=given.isq,
         )
         path = find_model(settings)

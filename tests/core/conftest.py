@@ -1,4 +1,4 @@
-"""Makes `core_harness` importable by the tests beside it."""
+"""Makes the modules beside it importable by the tests."""
 
 import sys
 from pathlib import Path

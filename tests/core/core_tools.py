@@ -67,6 +67,15 @@ def step(it: Scheduler, token: int = 7) -> Batch | None:
     return batch
 
 
+def run_until_preempted(it: Scheduler) -> list[str]:
+    """Who waits after the first preemption, in order."""
+    for _ in range(100):
+        step(it)
+        if it.stats.preemptions:
+            return [seq.request.id for seq in it.waiting]
+    raise AssertionError("nobody was preempted")
+
+
 def names(it: Scheduler, batch: Batch | None) -> list[str]:
     """Ids of the requests in a batch that was just planned."""
     if batch is None:

@@ -331,15 +331,15 @@ def test_rows_of_wasted_steps_do_not_put_the_engine_to_sleep() -> None:
     run(test)
 
 
-def test_plain_threads_block_while_they_read_and_can_cancel() -> None:
+def test_plain_threads_block_while_they_read_and_can_abort() -> None:
     with started() as engine:
         outputs = list(engine.submit(ask("a", (5, 6), max_tokens=2)))
         assert [token for output in outputs for token in output.token_ids] == [5, 6]
         endless = engine.submit(ask("b", max_tokens=3000, ignore_eos=True))
         next(endless)
-        endless.cancel()
+        endless.abort()
         assert list(endless)[-1].finish_reason is FinishReason.ABORT
-        endless.cancel()
+        endless.abort()
 
 
 def test_a_batch_from_a_plain_thread_is_not_held_up_by_who_is_read_last() -> None:

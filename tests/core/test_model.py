@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from core_harness import ParityGrammar, reference
+from core_reference import ParityGrammar, reference
 from core_tools import INFO, Clock, ask
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st

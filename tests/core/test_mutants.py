@@ -14,6 +14,7 @@ from vllm_core.kv_cache.pool import BlockPool
 from vllm_core.kv_cache.tiers import Tiers
 from vllm_core.scheduler import results, scheduler
 from vllm_core.scheduler.plan import Plan
+from vllm_core.scheduler.planner import Planner
 from vllm_core.scheduler.results import ResultReader
 from vllm_core.scheduler.room import Room
 from vllm_core.scheduler.roster import Roster
@@ -217,9 +218,7 @@ def a_chunk_ends_off_the_grid(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def drafts_are_asked_for_before_a_sample(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        scheduler.Scheduler, "_is_prompt", staticmethod(lambda seq: not seq.paused and seq.todo > 1)
-    )
+    patch.setattr(Planner, "_is_prompt", staticmethod(lambda seq: not seq.paused and seq.todo > 1))
 
 
 @mutant

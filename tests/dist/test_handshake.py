@@ -6,7 +6,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 
 import pytest
@@ -44,6 +44,18 @@ def serving(pool: ThreadPoolExecutor, channel: Channel) -> Future[None]:
     return pool.submit(serve)
 
 
+@contextmanager
+def impostor(pool: ThreadPoolExecutor, pair: tuple[Channel, Channel]) -> Iterator[Channel]:
+    """Has read the client's hello and said a server's; the client must not believe what follows."""
+    client, server = pair
+    shaken = pool.submit(handshake, client, SECRET, Role.CLIENT)
+    server.receive(5)
+    server.send(encode_blob(Kind.HELLO, bytes([Role.SERVER]) + b"n" * 32))
+    yield server
+    with pytest.raises(WireError, match="does not know the secret"):
+        shaken.result()
+
+
 def test_two_sides_with_one_secret_may_talk(
     pool: ThreadPoolExecutor, pair: tuple[Channel, Channel]
 ) -> None:
@@ -69,14 +81,9 @@ def test_a_client_with_another_secret_is_refused_and_gets_no_proof(
 def test_a_server_that_does_not_know_the_secret_is_refused(
     pool: ThreadPoolExecutor, pair: tuple[Channel, Channel]
 ) -> None:
-    client, server = pair
-    shaken = pool.submit(handshake, client, SECRET, Role.CLIENT)
-    server.receive(5)
-    server.send(encode_blob(Kind.HELLO, bytes([Role.SERVER]) + b"n" * 32))
-    server.receive(5)
-    server.send(encode_blob(Kind.PROOF, b"p" * 32))
-    with pytest.raises(WireError, match="does not know the secret"):
-        shaken.result()
+    with impostor(pool, pair) as server:
+        server.receive(5)
+        server.send(encode_blob(Kind.PROOF, b"p" * 32))
 
 
 def test_a_recorded_client_is_refused(pool: ThreadPoolExecutor) -> None:
@@ -114,13 +121,8 @@ def test_a_server_cannot_use_the_proof_of_its_client(
     pool: ThreadPoolExecutor, pair: tuple[Channel, Channel]
 ) -> None:
     """A proof holds for one role, though both sides have signed the same nonces."""
-    client, server = pair
-    shaken = pool.submit(handshake, client, SECRET, Role.CLIENT)
-    server.receive(5)
-    server.send(encode_blob(Kind.HELLO, bytes([Role.SERVER]) + b"n" * 32))
-    server.send(server.receive(5))
-    with pytest.raises(WireError, match="does not know the secret"):
-        shaken.result()
+    with impostor(pool, pair) as server:
+        server.send(server.receive(5))
 
 
 @pytest.mark.parametrize("length", [0, 1, 19, 20, 30, 56])

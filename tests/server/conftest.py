@@ -125,6 +125,31 @@ def settled(engine: AsyncEngine) -> EngineStats:
     return stats
 
 
+def card_of(backend: FakeBackend, **changed: Any) -> ModelCard:
+    """What the API says of a model called `tiny`."""
+    card = {
+        "names": ("tiny", "org/tiny"),
+        "root": "tiny",
+        "max_model_len": backend.info.max_model_len,
+        "vocab_size": backend.info.vocab_size,
+        "fingerprint": "vllm-lite-0.1.0-00000000",
+        "hidden_size": 8,
+    }
+    return ModelCard(**(card | changed))
+
+
+def end(server: Harness) -> None:
+    """Close a server, in which nothing may be left running."""
+    is_closed = server.engine.health().status == "dead"
+    assert asyncio.run(server.engine.drain(10)), "a request is still running"
+    stats = settled(server.engine)
+    server.engine.close()
+    server.state.close()
+    assert (stats.num_in_flight, server.state.num_open, server.state.num_streams) == (0, 0, 0)
+    assert stats.kv_usage == 0.0 or stats.sessions or is_closed, "blocks are still held"
+    assert server.state.running == set()
+
+
 @pytest.fixture
 def serve(tokenizer: TextTokenizer) -> Iterator[Make]:
     """Builds servers; after the test nothing may be left running in any of them."""
@@ -154,17 +179,9 @@ def serve(tokenizer: TextTokenizer) -> Iterator[Make]:
         state = ServerState(
             settings or Settings(), lambda mode, s: shutdowns.append((mode, s)), **more
         )
-        card = {
-            "names": ("tiny", "org/tiny"),
-            "root": "tiny",
-            "max_model_len": backend.info.max_model_len,
-            "vocab_size": backend.info.vocab_size,
-            "fingerprint": "vllm-lite-0.1.0-00000000",
-            "hidden_size": 8,
-            **(card or {}),
-        }
         if loaded:
-            state.complete(Service(engine, text, ModelCard(**card), defaults or SamplingSettings()))
+            shown = card_of(backend, **(card or {}))
+            state.complete(Service(engine, text, shown, defaults or SamplingSettings()))
         app = create_app(state)
         client_ = TestClient(
             app, base_url="http://localhost", client=client, raise_server_exceptions=True
@@ -174,11 +191,4 @@ def serve(tokenizer: TextTokenizer) -> Iterator[Make]:
 
     yield make
     for each in made:
-        is_closed = each.engine.health().status == "dead"
-        assert asyncio.run(each.engine.drain(10)), "a request is still running"
-        stats = settled(each.engine)
-        each.engine.close()
-        each.state.close()
-        assert (stats.num_in_flight, each.state.num_open, each.state.num_streams) == (0, 0, 0)
-        assert stats.kv_usage == 0.0 or stats.sessions or is_closed, "blocks are still held"
-        assert each.state.running == set()
+        end(each)

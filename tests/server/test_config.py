@@ -1,18 +1,17 @@
-import json
+"""Settings from flags, environment and YAML: names, values, precedence, refusals."""
+
 from pathlib import Path
 
 import pytest
 import yaml
 from vllm_server.config import Settings, load
 from vllm_server.config.check import check
-from vllm_server.config.document import effective, example, json_schema, markdown
 from vllm_server.config.fields import Field, all_fields
 from vllm_server.config.flags import FlagParser
 from vllm_server.config.unavailable import UNAVAILABLE
 from vllm_server.launch import backend_options
 from vllm_traits import ConfigError
 
-ROOT = Path(__file__).parents[2]
 SEED_YAML = """\
 server: {host: "0.0.0.0", port: 8000, log_level: "info"}
 engine: {max_draft_tokens: 8, num_kv_blocks: 1024, max_batch_size: 256, \
@@ -352,103 +351,3 @@ def test_every_default_is_a_value_its_setting_would_accept():
         assert field.optional == (field.default is None)
         if field.choices and field.default is not None:
             assert str(field.default) in field.choices
-
-
-def test_effective_configuration_is_yaml_with_origins_and_masked_secrets(write):
-    configuration = load(
-        flags("--api-key", "sesame-open-now", "--port", "9"),
-        environ={"HF_TOKEN": "hf_secret"},
-        config=write("engine: {max_num_seqs: 3}"),
-    )
-    text = effective(configuration)
-    parsed = yaml.safe_load(text)
-    assert parsed["server"]["port"] == 9
-    assert parsed["engine"]["max_num_seqs"] == 3
-    assert parsed["auth"]["api_keys"] == ["***"]
-    assert parsed["engine"]["hf_token"] == "***"
-    assert "sesame" not in text and "hf_secret" not in text
-    assert "port: 9  # flag --port" in text
-    assert 'host: "0.0.0.0"  # default' in text
-    assert "config.yaml:1:10 engine.max_num_seqs" in text
-    assert {f.key for f in all_fields()} == {key for part in parsed.values() for key in part}
-
-
-def test_the_printed_configuration_without_secrets_can_be_loaded_again(write):
-    configuration = load(flags("--max-tokens", "7", "--cors-origins", "a"), environ={})
-    again = load(environ={}, config=write(effective(configuration)))
-    assert again.settings == configuration.settings
-
-
-def test_configuration_document_is_up_to_date():
-    written = (ROOT / "docs" / "configuration.md").read_text("utf-8")
-    assert written == markdown(), (
-        "run `python -m vllm_server.config --markdown > docs/configuration.md`"
-    )
-
-
-def test_example_file_is_up_to_date_and_says_the_defaults():
-    path = ROOT / "config.example.yaml"
-    text = path.read_text("utf-8")
-    assert text == example(), "run `python -m vllm_server.config --example > config.example.yaml`"
-    assert load(environ={}, config=path).settings == Settings()
-    shown = yaml.safe_load(text.replace("\n  # ", "\n  "))
-    for field in all_fields():
-        default = list(field.default) if isinstance(field.default, tuple) else field.default
-        assert shown[field.section][field.key] == default
-
-
-def test_json_schema_knows_every_key():
-    schema = json_schema()
-    json.dumps(schema)
-    for field in all_fields():
-        assert field.key in schema["properties"][field.section]["properties"]
-
-
-def hardened(*words: str):
-    return check(load(flags("--hardened", *words), environ={})).settings
-
-
-def test_hardened_listens_on_this_machine_only_and_has_no_http_shutdown():
-    settings = hardened()
-    assert settings.server.host == "127.0.0.1"
-    assert settings.server.shutdown_endpoint is False
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--host", "0.0.0.0"], "only with keys"),
-        (["--api-key", "short"], "has 5 characters; a hardened server needs at least 16"),
-        (["--admin-key", "short"], "needs at least 16"),
-        (["--shutdown-endpoint"], "shutdown_endpoint is not allowed"),
-        (["--metrics-public"], "metrics_public is not allowed"),
-    ],
-)
-def test_hardened_refuses(words, message):
-    with pytest.raises(ConfigError, match=message):
-        hardened(*words)
-
-
-def test_hardened_accepts_a_foreign_address_with_a_long_key_and_reads_the_key_file(tmp_path):
-    keys = tmp_path / "keys"
-    keys.write_text("# ours\n0123456789abcdef\n")
-    settings = hardened("--host", "0.0.0.0", "--api-key-file", str(keys))
-    assert settings.server.host == "0.0.0.0"
-    keys.write_text("short\n")
-    with pytest.raises(ConfigError, match="has 5 characters"):
-        hardened("--api-key-file", str(keys))
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--f", "x.bin"], r"engine.gguf_file: 'x.bin' is not the name of a \.gguf file"),
-        (["--m", "x.gguf", "--f", "y.gguf"], "but the model is 'x.gguf' already"),
-        (["--w", "dir/X.GGUF", "--f", "y.gguf"], r"but the model is 'dir/X\.GGUF' already"),
-        (["--chat-template", "missing.jinja"], "engine.chat_template: there is no file"),
-        (["--api-key-file", "missing"], "auth.api_keys_file: there is no file"),
-    ],
-)
-def test_settings_that_cannot_work_together_or_at_all_are_refused(words, message):
-    with pytest.raises(ConfigError, match=message):
-        check(load(flags(*words), environ={}))

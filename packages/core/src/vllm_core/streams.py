@@ -11,7 +11,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Protocol
+from dataclasses import dataclass, field
 
 from vllm_traits import FinishReason, RequestOutput
 
@@ -74,35 +74,18 @@ def merge(outputs: list[RequestOutput]) -> RequestOutput:
     )
 
 
-class Stream(Protocol):
-    """What the engine's thread needs of a stream."""
+@dataclass(eq=False)
+class Stream:
+    """A reader's side of a request; how it waits is left to those built on this.
 
-    mailbox: Mailbox
-
-    def wake(self) -> None:
-        """Tell the reader that there is something; called on the reader's side of the border."""
-        ...
-
-
-class RequestStream:
-    """Outputs of one request on an event loop; ends after the one with a finish reason.
-
-    Outputs that nobody read coalesce. A task that is cancelled while it reads aborts the request,
-    as does `aclose`; use `contextlib.aclosing` where the loop may be left early.
+    Attributes:
+        mailbox: Where the request's outputs are left.
     """
 
-    def __init__(
-        self,
-        mailbox: Mailbox,
-        abort: Callable[[FinishReason], None],
-        resume: Callable[[], None],
-    ) -> None:
-        self.mailbox = mailbox
-        self.loop = asyncio.get_running_loop()
-        self._abort = abort
-        self._resume = resume
-        self._waiter: asyncio.Future[None] | None = None
-        self._ended = False
+    mailbox: Mailbox
+    _abort: Callable[[FinishReason], None]
+    _resume: Callable[[], None]  # lets the engine go on with a request that it paused
+    _ended: bool = field(default=False, init=False)
 
     @property
     def request_id(self) -> str:
@@ -117,6 +100,25 @@ class RequestStream:
         """
         if not self.mailbox.is_over:
             self._abort(reason)
+
+    def _taken(self, output: RequestOutput) -> RequestOutput:
+        """An output on its way to the reader."""
+        if self.mailbox.paused:
+            self._resume()
+        self._ended = output.finished
+        return output
+
+
+@dataclass(eq=False)
+class RequestStream(Stream):
+    """Outputs of one request on an event loop; ends after the one with a finish reason.
+
+    Outputs that nobody read coalesce. A task that is cancelled while it reads aborts the request,
+    as does `aclose`; use `contextlib.aclosing` where the loop may be left early.
+    """
+
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop, init=False)
+    _waiter: asyncio.Future[None] | None = field(default=None, init=False)
 
     async def aclose(self) -> None:
         """Abort and read no more."""
@@ -142,10 +144,7 @@ class RequestStream:
                 await self._wait()
                 output = self.mailbox.take()
         self._waiter = None
-        if self.mailbox.paused:
-            self._resume()
-        self._ended = output.finished
-        return output
+        return self._taken(output)
 
     async def _wait(self) -> None:
         assert self._waiter is not None, "nothing to wait for"
@@ -156,34 +155,11 @@ class RequestStream:
             raise
 
 
-class SyncStream:
+@dataclass(eq=False)
+class SyncStream(Stream):
     """Outputs of one request in a plain thread; iteration blocks. Otherwise as `RequestStream`."""
 
-    def __init__(
-        self,
-        mailbox: Mailbox,
-        abort: Callable[[FinishReason], None],
-        resume: Callable[[], None],
-    ) -> None:
-        self.mailbox = mailbox
-        self._abort = abort
-        self._resume = resume
-        self._arrived = threading.Event()
-        self._ended = False
-
-    @property
-    def request_id(self) -> str:
-        """The request's id."""
-        return self.mailbox.request_id
-
-    def cancel(self, reason: FinishReason = FinishReason.ABORT) -> None:
-        """End the request; its last output still comes. Nothing happens if it has ended.
-
-        Args:
-            reason: Why it ends; `stop` if the reader has found what it wanted.
-        """
-        if not self.mailbox.is_over:
-            self._abort(reason)
+    _arrived: threading.Event = field(default_factory=threading.Event, init=False)
 
     def wake(self) -> None:
         """Tell a waiting reader that there is something; called from any thread."""
@@ -200,7 +176,4 @@ class SyncStream:
             self._arrived.wait()
             self._arrived.clear()
             output = self.mailbox.take()
-        if self.mailbox.paused:
-            self._resume()
-        self._ended = output.finished
-        return output
+        return self._taken(output)

@@ -104,7 +104,7 @@ class TextStream:
 
     def cancel(self) -> None:
         """End the request and free its blocks; the stream ends soon."""
-        self._stream.cancel()
+        self._stream.abort()
 
     def __iter__(self) -> Iterator[Piece]:
         """The pieces not read yet."""
@@ -157,7 +157,7 @@ class TextStream:
             is_stop = i == last and output.stop_token_id is not None
             text = "" if is_stop else self._stops.feed(self._text.feed((token_id,)))
             if self._stops.found is not None:
-                self._stream.cancel(FinishReason.STOP)
+                self._stream.abort(FinishReason.STOP)
                 self.account.num_tokens -= last - i
                 del self.account.logprobs[self.account.num_tokens :]
             yield Piece(token_id, text)

@@ -10,7 +10,6 @@ import logging
 import sys
 import time
 from collections.abc import Generator
-from types import TracebackType
 from typing import TextIO
 
 from vllm_models.options import LoadProgress, OnProgress
@@ -53,12 +52,7 @@ class ProgressBars:
         self._bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
     def __call__(self, news: LoadProgress) -> None:

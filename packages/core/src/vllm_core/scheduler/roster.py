@@ -97,6 +97,17 @@ class Roster:
         self.running[seq.id] = seq
         self.num_rows += 1
         seq.started = True
+        if seq.times.admitted is None:
+            self._count_admission(seq)
+
+    def _count_admission(self, seq: Sequence) -> None:
+        now = self._clock()
+        seq.times.admitted = seq.times.last_token = now
+        seq.num_cached_tokens = seq.computed
+        self._stats.queue_time.observe(now - seq.times.arrived)
+        if seq.table.reuses:
+            self._stats.prefix_cache_queries += seq.num_prompt
+            self._stats.prefix_cache_hits += seq.table.num_hit * self._cache.block_size
 
     def preempt(self, seq: Sequence) -> None:
         """Take everything back to make room; it will start again from its confirmed tokens."""

@@ -1,8 +1,6 @@
-"""Decides who computes what in the next step, and reads what came back.
+"""All unfinished requests of an engine: takes them in, launches steps, reads what came back.
 
-There are no phases: a sequence has positions still to compute, and a step computes some of them.
-Prompt, chunked prompt, decode, draft verification and recompute are the same `Chunk`. Knows no
-backend and no clock of its own; `Engine` calls it.
+Knows no backend and no clock of its own; `Engine` calls it.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from vllm_traits import (
     Batch,
     BatchOutput,
     BlockStore,
-    Chunk,
     FinishReason,
     Request,
     RequestOutput,
@@ -31,8 +28,9 @@ from vllm_core.metrics.stats import EngineStats
 from vllm_core.scheduler.finish import Ending
 from vllm_core.scheduler.intake import Intake, Limits
 from vllm_core.scheduler.plan import Launched, Plan
+from vllm_core.scheduler.planner import Planner
 from vllm_core.scheduler.propose import ProposerFactory
-from vllm_core.scheduler.results import GRAMMAR_ERROR, INTERNAL_ERROR, ResultReader
+from vllm_core.scheduler.results import GRAMMAR_ERROR, ResultReader
 from vllm_core.scheduler.room import Room
 from vllm_core.scheduler.roster import Roster
 from vllm_core.scheduler.sequence import Sequence
@@ -86,10 +84,11 @@ class Scheduler:
         self.in_flight: deque[Launched] = deque()
         self._room = Room(self.cache, self.roster, config)
         self._results = ResultReader(self.roster, self.cache, self.stats, info.eos_token_ids)
-        self._draining = False  # memory ran out: wait until nothing is in flight, then make room
-        self._prompt_waits = False  # decodes used up the budget: next time a prompt goes first
         self._clock = clock
         self._intake = Intake(info, config, self.limits, self.cache, propose)
+        self._planner = Planner(
+            info, config, self.limits, self.cache, self.roster, self._intake.max_drafts
+        )
 
     # -- intake -----------------------------------------------------------------------------------
 
@@ -147,13 +146,13 @@ class Scheduler:
         if self.cache.tiers:
             for seq in self.waiting:  # all of them: their blocks may be needed by the first in line
                 self.cache.poll_load(seq.table)
-        if self._draining:
+        if self._planner.draining:
             if self.in_flight:
                 return None
             self._room.make()
-        plan = self._plan()
-        while not plan.chunks and not self.in_flight and self._room.unblock(self._draining):
-            plan = self._plan()
+        plan = self._planner.plan()
+        while not plan.chunks and not self.in_flight and self._room.unblock(self._planner.draining):
+            plan = self._planner.plan()
         return self._launch(plan) if plan.chunks else None
 
     def _launch(self, plan: Plan) -> Batch:
@@ -164,159 +163,6 @@ class Scheduler:
         self.stats.iteration_tokens.observe(self.limits.max_batch_tokens - plan.budget)
         self.stats.mixed_steps += 0 < plan.num_decodes < len(plan.chunks)
         return batch
-
-    def _plan(self) -> Plan:
-        """Decodes first, then prompts in progress, then new ones, until the budget is used up."""
-        plan = Plan(self.limits.max_batch_tokens, self.info.block_size)
-        reserved = self.info.block_size if self._prompt_waits else 0
-        self._prompt_waits = self._draining = False
-        plan.budget -= reserved
-        prompts = self._plan_decodes(plan)
-        plan.budget += reserved
-        plan.num_decodes = len(plan.chunks)
-        self._plan_prompts(plan, prompts)
-        if not self._draining:
-            self._admit(plan)
-        return plan
-
-    def _plan_decodes(self, plan: Plan) -> list[Sequence]:
-        """The next token of every running sequence; returns those whose prompt is not done.
-
-        The loop is the hot path of the engine, so what is steady is planned in place.
-        """
-        prompts: list[Sequence] = []
-        chunks, sequences, grow = plan.chunks, plan.sequences, self.cache.grow
-        for seq in self._decode_order(plan.budget):
-            if not seq.steady:
-                if self._is_prompt(seq):
-                    prompts.append(seq)
-                elif plan.budget > 0 and not self._draining:
-                    self._plan_special_decode(plan, seq)
-                continue
-            start, pending = seq.computed, seq.pending
-            if pending and len(seq.tokens) + pending >= seq.max_length:
-                continue  # everything it may still produce is in flight
-            if plan.budget <= 0 or self._draining:
-                continue
-            new_blocks: tuple[int, ...] = ()
-            if start >= seq.table.capacity:
-                grown = grow(seq.table, start + 1)
-                if grown is None:
-                    self._draining = True
-                    continue
-                new_blocks = grown
-            plan.budget -= 1
-            chunks.append(Chunk(seq.id, start, 1, new_blocks))
-            sequences.append(seq)
-            seq.computed = start + 1
-            seq.pending = pending + 1
-            seq.in_flight += 1
-        return prompts
-
-    def _decode_order(self, budget: int) -> list[Sequence]:
-        """Order of admission; if the budget may not suffice, who waited longest for a token."""
-        if len(self.running) * (1 + self._intake.max_drafts) <= budget:
-            return list(self.running.values())
-        return sorted(self.running.values(), key=lambda seq: seq.times.last_token)
-
-    @staticmethod
-    def _is_prompt(seq: Sequence) -> bool:
-        """More than the newest token is left to compute, in this step."""
-        return not seq.paused and (seq.todo > 1 or (seq.todo == 1 and not seq.sampled))
-
-    def _plan_special_decode(self, plan: Plan, seq: Sequence) -> None:
-        """A decode that may carry drafts, a mask or logprobs."""
-        if seq.paused or seq.is_fully_launched:
-            return
-        if seq.proposer is not None and seq.pending:
-            return  # a draft of the host follows the newest token, which is in flight
-        room = min(plan.budget - 1, seq.max_length - seq.num_launched - 1)
-        num_drafts, draft_ids = self._drafts(seq, max(0, room))
-        if seq.finished:
-            return
-        new_blocks = self.cache.grow(seq.table, seq.computed + 1 + num_drafts)
-        if new_blocks is None and num_drafts:
-            num_drafts, draft_ids = 0, ()
-            new_blocks = self.cache.grow(seq.table, seq.computed + 1)
-        if new_blocks is None:
-            self._draining = True
-            return
-        plan.add(seq, 1 + num_drafts, new_blocks, (num_drafts, draft_ids))
-
-    def _drafts(self, seq: Sequence, room: int) -> tuple[int, tuple[int, ...]]:
-        """How many drafts the next chunk verifies, and which if the host guesses them."""
-        if seq.request.grammar is not None:
-            return 0, ()  # each draft would need a mask of its own
-        if seq.proposer is None:
-            return min(self.info.num_drafts, room), ()
-        try:
-            draft_ids = tuple(seq.proposer(seq.tokens)[:room])
-        except Exception:
-            logger.exception("the draft proposer of request %s failed", seq.request.id)
-            self.roster.fail(seq, INTERNAL_ERROR)
-            return 0, ()
-        return len(draft_ids), draft_ids
-
-    def _plan_prompts(self, plan: Plan, prompts: list[Sequence]) -> None:
-        """Prompts in progress; their blocks were taken at admission."""
-        for seq in prompts:
-            num_tokens = plan.cut(seq)
-            if num_tokens:
-                plan.add(seq, num_tokens, ())
-            else:
-                self._prompt_waits = True
-
-    def _admit(self, plan: Plan) -> None:
-        """Start waiting sequences while rows, budget and blocks last; nobody is overtaken."""
-        for seq in self.waiting.candidates(holding_first=bool(self.cache.tiers)):
-            if self.roster.num_rows >= self.limits.max_sequences:
-                return
-            if plan.budget < self.info.block_size:
-                self._prompt_waits = True
-                return
-            if seq.paused:
-                continue
-            keep_free = self.limits.watermark if self.running else 0
-            held = self.cache.attach(seq.table, seq.tokens, keep_free)
-            if held is None:
-                continue  # a store is still loading its prefix
-            seq.computed = held
-            if not self._fit(seq, keep_free):
-                return
-            self._enter(plan, seq)
-
-    def _fit(self, seq: Sequence, keep_free: int) -> bool:
-        """Take blocks for everything it has to compute before it samples.
-
-        One that was preempted too often takes all it can ever need, and never asks again.
-        """
-        reserves = seq.num_preemptions >= self.config.max_preemptions
-        num_positions = seq.max_positions if reserves else len(seq.tokens)
-        missing = self.cache.num_missing(seq.table, num_positions)
-        if self.cache.make_available(missing + keep_free):
-            self.cache.grow(seq.table, num_positions)
-            return True
-        if not seq.table.num_loaded:
-            self.cache.release(seq.table)  # a hit costs nothing to find again; a load does
-            seq.computed = 0
-        return False
-
-    def _enter(self, plan: Plan, seq: Sequence) -> None:
-        """From waiting to running, with a first chunk."""
-        self.roster.enter(seq)
-        if seq.times.admitted is None:
-            self._count_admission(seq)
-        plan.start(seq)
-        plan.add(seq, plan.cut(seq), tuple(seq.table.blocks))
-
-    def _count_admission(self, seq: Sequence) -> None:
-        now = self._clock()
-        seq.times.admitted = seq.times.last_token = now
-        seq.num_cached_tokens = seq.computed
-        self.stats.queue_time.observe(now - seq.times.arrived)
-        if seq.table.reuses:
-            self.stats.prefix_cache_queries += seq.num_prompt
-            self.stats.prefix_cache_hits += seq.table.num_hit * self.info.block_size
 
     # -- reading a step ----------------------------------------------------------------------------
 
@@ -369,7 +215,7 @@ class Scheduler:
         if not suspects and len(self.running) > 1:
             suspects = [next(reversed(self.running.values()))]
         self.drop_in_flight()
-        self._draining = self._prompt_waits = False
+        self._planner.start_over()
         for seq in list(self.roster.sequences.values()):
             if seq.id in self.running:
                 self.roster.requeue(seq)

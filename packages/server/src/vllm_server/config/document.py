@@ -48,8 +48,10 @@ file, then the default. Only API keys of all sources count together.
   Flags marked repeatable add up; lists may also be written with commas. Of another flag that is
   repeated, the last value counts.
 - Sizes: `4k` is 4000, `4K` is 4096, `2G` is 2 GiB.
-- Every flag that starts with two dashes is also a YAML key, written with underscores. Two names of
-  one setting with different values in one source are an error.
+- Every flag in the tables that starts with two dashes is also a YAML key, written with underscores.
+  Two names of one setting with different values in one source are an error.
+- `--cpu` stands for `--device cpu`, `--disable-shutdown-endpoint` for `--no-shutdown-endpoint`;
+  both are flags alone.
 
 `--print-config` shows every value and where it came from. An unknown name, or a value out of range,
 ends the start with exit code 2 and the nearest name. For completion in editors:

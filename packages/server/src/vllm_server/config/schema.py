@@ -104,7 +104,7 @@ class ServerSettings:
     )
     strict_params: bool = setting(False, "Refuse unknown request parameters instead of warning.")
     max_logprobs: int = setting(20, "Largest `logprobs` or `top_logprobs` of a request.", low=0)
-    embeddings: bool = setting(True, "Mount /v1/embeddings.")
+    embeddings: bool = setting(True, "Answer /v1/embeddings; without it 501.")
     root_path: str = setting("", "Path prefix under which a proxy serves this server.")
     metrics_public: bool = setting(False, "Serve /metrics without a key.")
 
@@ -181,11 +181,12 @@ class EngineSettings:
         low=1,
     )
     max_num_batched_tokens: int | None = setting(
-        None, "Positions computed per step; 8192 on cuda, 512 on cpu.", low=16
+        None, "Positions computed per step; 8192 on cuda, else 512.", low=16
     )
     num_kv_blocks: int | None = setting(
         None,
-        "KV blocks; by default as many as fit in memory.",
+        "KV blocks; by default as many as fit in memory, and no more than the sequences that run "
+        "at once can fill.",
         flags=("--num-kv-blocks", "--num-blocks", "--kv-blocks"),
         env=("VLLM_KV_BLOCKS",),
         low=1,
@@ -193,7 +194,7 @@ class EngineSettings:
     )
     block_size: int | None = setting(
         None,
-        "Positions per KV block; 16 on cpu, 64 on cuda.",
+        "Positions per KV block; 64 on cuda, else 16.",
         choices=("16", "32", "64", "128"),
     )
     gpu_memory_utilization: float = setting(
@@ -204,7 +205,9 @@ class EngineSettings:
         high=1.0,
     )
     kv_cache_memory: int | None = setting(
-        None, "Bytes for the KV cache, such as 2G; overrides the share of memory.", low=1
+        None,
+        "Bytes for the KV cache, such as 2G, instead of a share of memory; `num_kv_blocks` wins.",
+        low=1,
     )
     cpu_mem_fold: float | None = setting(
         None,

@@ -2,78 +2,48 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from vllm_traits import TokenLogprobs
 
-from vllm_server.openai.choice import Choice, Delta, chat_choice, usage_of
+from vllm_server.openai.choice import Delta, chat_choice
 from vllm_server.openai.chunks import Chunks, chat_delta, chat_finish, chat_first
-from vllm_server.openai.deltas import deltas
-from vllm_server.openai.generation import Plan
-from vllm_server.openai.logprobs import TokenNames, chat_entries, prompt_entries
-from vllm_server.openai.prompts import Encoded, encode_messages
-from vllm_server.openai.requests import cut_prompts, make_plan, read, service_of, warning_headers
-from vllm_server.openai.sampling import check_model, check_stream, sampling_params
+from vllm_server.openai.logprobs import chat_entries, prompt_entries
+from vllm_server.openai.prompts import encode_messages
+from vllm_server.openai.run import Run, ask, make_run
 from vllm_server.openai.schema import ChatRequest
 from vllm_server.ops.events import EventStream
 from vllm_server.ops.exchange import Reply
 from vllm_server.ops.routes import Call
-from vllm_server.service import Service
 from vllm_server.text.reasoning import Parts
 
-
-@dataclass(frozen=True)
-class _Run:
-    """Everything one chat request needs while it runs."""
-
-    call: Call
-    service: Service
-    request: ChatRequest
-    model: str
-    prompt: Encoded
-    plan: Plan
-    choices: Sequence[Choice]
-    names: TokenNames
+_Run = Run[ChatRequest]
 
 
 async def chat(call: Call) -> Reply | EventStream:
     """Answer a conversation."""
-    service = service_of(call)
-    warnings: list[str] = []
-    request = await read(call, ChatRequest, "chat", warnings)
-    model = check_model(request.model, service.card)
-    check_stream(request)
-    params = sampling_params(request, service, call.state.settings)
-    encoded = await encode_messages(call.state, service.tokenizer, service.card, request, warnings)
-    [prompt] = cut_prompts([encoded], request, service)
-    plan = make_plan(call, service, request, params, [prompt])
-    choices = [chat_choice(request, service, prompt) for _ in range(plan.n)]
-    names = TokenNames(service.tokenizer, request.return_tokens_as_token_ids)
-    run = _Run(call, service, request, model, prompt, plan, choices, names)
-    headers = warning_headers(warnings)
+    asked = await ask(call, ChatRequest, "chat")
+    service, request = asked.service, asked.request
+    encoded = await encode_messages(
+        call.state, service.tokenizer, service.card, request, asked.warnings
+    )
+    run = make_run(asked, [encoded], chat_choice)
     if request.stream:
-        return EventStream(_stream(run), headers)
-    return Reply(msgspec.json.encode(await _answer(run)), headers=headers)
+        return EventStream(_stream(run), run.headers)
+    return Reply(msgspec.json.encode(await _answer(run)), headers=run.headers)
 
 
 async def _answer(run: _Run) -> dict[str, Any]:
     collected = [_Collected() for _ in run.choices]
-    async with aclosing(deltas(run.call, run.service, run.plan, run.choices)) as news:
+    async with run.news() as news:
         async for index, delta in news:
             collected[index].add(delta)
     answer: dict[str, Any] = {
-        "id": run.plan.id,
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": run.model,
-        "system_fingerprint": run.service.card.fingerprint,
+        **run.head("chat.completion"),
         "choices": [_choice(run, i, found) for i, found in enumerate(collected)],
-        "usage": usage_of(run.choices, run.plan.n).body(),
+        "usage": run.usage(),
         **_about_prompt(run),
     }
     if run.request.prompt_logprobs is not None:
@@ -135,32 +105,29 @@ def _extra(
 def _about_prompt(run: _Run) -> dict[str, Any]:
     """Members of the answer that were asked for."""
     found: dict[str, Any] = {}
+    [prompt] = run.prompts
     if run.request.return_token_ids:
-        found["prompt_token_ids"] = run.prompt.ids
+        found["prompt_token_ids"] = prompt.ids
     if run.request.return_prompt_text:
         tokenizer = run.service.tokenizer
-        found["prompt_text"] = run.prompt.text or tokenizer.decode(run.prompt.ids, False)
+        found["prompt_text"] = prompt.text or tokenizer.decode(prompt.ids, False)
     return found
 
 
 async def _stream(run: _Run) -> AsyncGenerator[bytes, None]:
-    options = run.request.stream_options
-    with_usage = options is not None and options.include_usage
-    continuous = options is not None and options.continuous_usage_stats
-    card = run.service.card
-    chunks = Chunks(run.plan.id, "chat.completion.chunk", run.model, card.fingerprint, with_usage)
+    chunks = run.chunks("chat.completion.chunk")
     begun: set[int] = set()
-    async with aclosing(deltas(run.call, run.service, run.plan, run.choices)) as news:
+    async with run.news() as news:
         async for index, delta in news:
-            usage = usage_of(run.choices, run.plan.n).body() if continuous else None
+            usage = run.running_usage()
             events = _events(run, chunks, index, delta, usage)
             if index not in begun:
                 begun.add(index)
                 events.insert(0, chunks.choice(chat_first(index, {}), usage, _about_prompt(run)))
             if events:
                 yield b"".join(events)
-    if with_usage:
-        yield chunks.usage(usage_of(run.choices, run.plan.n).body())
+    if run.has_usage:
+        yield chunks.usage(run.usage())
 
 
 def _events(

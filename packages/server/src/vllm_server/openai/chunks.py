@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,21 +16,11 @@ class Chunks:
     """The chunks of one stream.
 
     Args:
-        id: Public id of the answer.
-        kind: Value of `object`.
-        model: Name of the model.
-        fingerprint: Value of `system_fingerprint`.
+        head: The members that every chunk begins with.
         has_usage: Whether chunks carry a `usage` member.
     """
 
-    def __init__(self, id: str, kind: str, model: str, fingerprint: str, has_usage: bool) -> None:
-        head = {
-            "id": id,
-            "object": kind,
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": fingerprint,
-        }
+    def __init__(self, head: Mapping[str, Any], has_usage: bool) -> None:
         self._head = b"data: " + _encode(head)[:-1] + b',"choices":['
         self._has_usage = has_usage
 
