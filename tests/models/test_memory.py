@@ -120,8 +120,8 @@ def test_options_that_can_never_work_are_refused_by_name(small: Any, bad: dict[s
         BackendOptions(small.folder, **bad)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_missing_device_is_refused(small: Any) -> None:
+def test_a_missing_device_is_refused(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match="cuda"):
         small.load(device="cuda")
 

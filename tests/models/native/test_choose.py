@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from vllm_models.native.choose import choose
+from vllm_models.native import choose as native
 from vllm_models.native.library import Library, load
 from vllm_models.native.processor import InstructionSet, runnable
 from vllm_models.runner import noise
@@ -23,6 +23,15 @@ def library(request: pytest.FixtureRequest) -> Library:
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def choose(
+    library: Library, logits: Tensor, rows: Tensor, temperatures: Tensor, keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores and tokens as tensors."""
+    given = (rows.tolist(), temperatures.tolist(), keys.tolist())
+    scores, tokens = native.choose(library, logits, *given)
+    return torch.tensor(scores), torch.tensor(tokens)
 
 
 def keys_of(count: int) -> Tensor:

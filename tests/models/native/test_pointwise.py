@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from vllm_models.kernels.angles import reference as angles_reference
 from vllm_models.kernels.rope import reference as rope_reference
 from vllm_models.native.library import Library, load
-from vllm_models.native.pointwise import gate, rms_norm, rotate_heads
+from vllm_models.native.pointwise import gate, rms_norm, rotate_heads, turn_angles
 from vllm_models.native.processor import runnable
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -64,6 +65,21 @@ def test_gates(library: Library, dtype: torch.dtype, width: int) -> None:
     limited = first.clamp(max=0.5)
     clamped = limited * torch.sigmoid(1.702 * limited) * (second.clamp(-0.5, 0.5) + 1)
     assert near(gate(library, x, "clamped_swiglu", 1.702, 0.5), clamped, dtype)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("count", [1, 5, 400])
+@pytest.mark.parametrize("pairs", [1, 12, 64])
+def test_angles(library: Library, interleaved: bool, count: int, pairs: int) -> None:
+    positions = torch.randint(0, 200_000, (count,))
+    frequencies = 1e4 ** -(torch.arange(pairs) / pairs)
+    given = (positions, frequencies, 1.25)
+    for dtype, tolerance in ((torch.float32, 3e-7), (torch.bfloat16, 1e-2)):
+        expected = angles_reference(*given, dtype, interleaved)
+        found = turn_angles(library, *given, dtype, interleaved)
+        for mine, other in zip(found, expected, strict=True):
+            assert mine.dtype == dtype and mine.shape == other.shape
+            assert torch.allclose(mine, other, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -231,7 +231,7 @@ def _make_runner(
     limits = (options.max_sequences, memory.max_model_len)
     rows = Rows(*limits, kv, config.vocab_size, config.eos_token_ids)
     is_recorded = kv.layout == "native" and not options.enforce_eager
-    recorded = RecordedSteps(model, native()) if is_recorded else None
+    recorded = RecordedSteps(model, native(), rows, kv) if is_recorded else None
     return Runner(model, kv, rows, cost if kv.device.type == "cpu" else None, recorded)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vllm_models.components.norm import RMSNorm
 from vllm_models.config import RopeConfig
+from vllm_models.kernels.angles import angles
 from vllm_models.kernels.kv_side import KVSide
 from vllm_models.kernels.rms_norm import Norm
 from vllm_models.kernels.rope import rope
@@ -67,19 +68,8 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """[T] -> rotations [T, 1, R]; the angles are in float32."""
-        angles = positions[:, None, None].float() * self.inverse_wavelengths  # [T, 1, R/2]
-        cos, sin = angles.cos() * self.amplitude, angles.sin() * self.amplitude
-        return Rotation(
-            self._arranged(cos, cos).to(dtype),
-            self._arranged(-sin, sin).to(dtype),
-            self.interleaved,
-        )
-
-    def _arranged(self, first: Tensor, second: Tensor) -> Tensor:
-        """The factors of the first and the second number of each pair, where the pairs are."""
-        if self.interleaved:
-            return torch.stack((first, second), -1).flatten(-2)
-        return torch.cat((first, second), -1)
+        found = angles(positions, self.inverse_wavelengths, self.amplitude, dtype, self.interleaved)
+        return Rotation(*found, self.interleaved)
 
 
 def rope_frequencies(head_dim: int, c: RopeConfig) -> tuple[Tensor, float]:

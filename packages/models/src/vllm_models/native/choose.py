@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vllm_models.native.library import Library
+
+Key = tuple[int, int]  # of the random numbers of a row, see `runner.noise`
+NO_KEY: Key = (0, 0)
 
 
 class _Choice(ctypes.Structure):
@@ -19,23 +23,36 @@ class _Choice(ctypes.Structure):
 
 
 def choose(
-    library: Library, logits: Tensor, rows: Tensor, temperatures: Tensor, keys: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Winning score [n] float32, NaN if a score was, and token [n] int64 of some rows.
+    library: Library,
+    logits: Tensor,
+    rows: Sequence[int],
+    temperatures: Sequence[float],
+    keys: Sequence[Key],
+) -> tuple[list[float], list[int]]:
+    """Winning score, NaN if a score was, and token of some rows.
 
     Args:
         library: The kernels.
         logits: [N, V] float32; the numbers of a row are neighbours.
-        rows: [n] int64 which rows.
-        temperatures: [n] float32; 0 takes the largest logit, the first of equal ones.
-        keys: [n, 2] int32 from `noise.keys`; not read where the temperature is 0.
+        rows: Which rows.
+        temperatures: Of each; 0 takes the largest logit, the first of equal ones.
+        keys: Of each; not read where the temperature is 0.
     """
     assert logits.dtype == torch.float32 and logits.stride(1) == 1, "rows of float32"
-    scores, tokens = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.int64)
+    count = len(rows)
+    scores, tokens = (ctypes.c_float * count)(), (ctypes.c_int64 * count)()
+    arrays = (
+        (ctypes.c_int64 * count)(*rows),
+        (ctypes.c_float * count)(*temperatures),
+        (ctypes.c_int32 * (2 * count))(*(half for key in keys for half in key)),
+        scores,
+        tokens,
+    )
     call = _Choice(
-        *(tensor.data_ptr() for tensor in (logits, rows, temperatures, keys, scores, tokens)),
-        *(len(rows), logits.shape[1], logits.stride(0)),
+        logits.data_ptr(),
+        *(ctypes.addressof(array) for array in arrays),
+        *(count, logits.shape[1], logits.stride(0)),
     )
     if library.choose_tokens(ctypes.byref(call)):
         raise MemoryError("no memory for the choice of tokens")
-    return scores, tokens
+    return list(scores), list(tokens)

@@ -58,8 +58,12 @@ class PackedDense(PackedWeight):
 
     def gather(self, rows: Tensor) -> Tensor:
         """Some rows of the weight: [T] int64 -> [T, columns] of the weight's dtype."""
-        numbers = self._panels[rows // PANEL, :, rows % PANEL]  # [T, steps, columns of a step]
-        return numbers.flatten(1)[:, : self.columns]
+        out = torch.empty((len(rows), self.columns), dtype=self.dtype)
+        width = self.columns * self.dtype.itemsize
+        self.library.dense_gather(
+            *(self.data.data_ptr(), width, rows.data_ptr(), len(rows), out.data_ptr())
+        )
+        return out
 
     def dequantize(self) -> Tensor:
         """The weight as it was given, in float32."""

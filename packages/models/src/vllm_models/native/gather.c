@@ -1,4 +1,4 @@
-/* Some rows of a quantized weight as numbers: embeddings, and the whole weight for slow paths. */
+/* Some rows of a weight as numbers: embeddings, and a whole quantized weight for slow paths. */
 #include "formats.h"
 
 /* A scalar of sixteen, without the vector: the code of one output in one column of a run. */
@@ -45,4 +45,15 @@ void blocks_gather(const blocks_weight *w, const int64_t *rows, int64_t num_rows
     case number: gather_row(&name, w, rows[i], out + i * w->columns); break;
             FORMATS(CASE)
         }
+}
+
+/* The same of a dense weight, whose numbers stay what they are: out [num_rows][bytes]. */
+void dense_gather(const uint8_t *data, int64_t bytes, const int64_t *rows, int64_t num_rows,
+                  uint8_t *out) {
+    const int64_t units = divide_up(bytes, 4);
+    for (int64_t i = 0; i < num_rows; i++) {
+        const uint8_t *from = data + (rows[i] / PANEL * units * PANEL + rows[i] % PANEL) * 4;
+        for (int64_t u = 0; u < units; u++)
+            memcpy(out + i * bytes + u * 4, from + u * PANEL * 4, (size_t)smaller(4, bytes - u * 4));
+    }
 }

@@ -32,6 +32,7 @@ _FUNCTIONS: dict[str, tuple[tuple[type, ...], type | None]] = {
         ctypes.c_int,
     ),
     "dense_pack": ((_POINTER, _POINTER), None),
+    "dense_gather": ((_POINTER, _INT, _POINTER, _INT, _POINTER), None),
     "blocks_linear": ((_POINTER, _INT, *_MATRIX, _POINTER, *_MATRIX, _INT), ctypes.c_int),
     "blocks_experts": (
         (_POINTER, _INT, _INT, _POINTER, _POINTER, *_MATRIX, _POINTER, *_MATRIX),
@@ -48,9 +49,11 @@ _FUNCTIONS: dict[str, tuple[tuple[type, ...], type | None]] = {
     "kv_write_f32": ((_POINTER,), None),
     "rms_norm": ((_POINTER,), None),
     "gate_rows": ((_POINTER,), None),
+    "turn_angles": ((_POINTER,), None),
     "rotate_heads": ((_POINTER,), None),
     "sort_choices": ((_POINTER,), None),
     "add_answers": ((_POINTER,), None),
+    "step_inputs": ((_POINTER,), None),
     "choose_tokens": ((_POINTER,), ctypes.c_int),
     "add_numbers": ((_POINTER, _POINTER, _POINTER, _INT, _INT), None),
     "replay": ((_POINTER, _INT), _INT),
@@ -100,6 +103,7 @@ class Library:
         self.dense_linear = Function(self, "dense_linear")
         self.dense_experts = Function(self, "dense_experts")
         self.dense_pack = Function(self, "dense_pack")
+        self.dense_gather = Function(self, "dense_gather")
         self.blocks_linear = Function(self, "blocks_linear")
         self.blocks_experts = Function(self, "blocks_experts")
         self.blocks_bytes = Function(self, "blocks_bytes")
@@ -113,9 +117,11 @@ class Library:
         self.kv_write_f32 = Function(self, "kv_write_f32")
         self.rms_norm = Function(self, "rms_norm")
         self.gate_rows = Function(self, "gate_rows")
+        self.turn_angles = Function(self, "turn_angles")
         self.rotate_heads = Function(self, "rotate_heads")
         self.sort_choices = Function(self, "sort_choices")
         self.add_answers = Function(self, "add_answers")
+        self.step_inputs = Function(self, "step_inputs")
         self.choose_tokens = Function(self, "choose_tokens")
         self.add_numbers = Function(self, "add_numbers")
         self.replay = Function(self, "replay")

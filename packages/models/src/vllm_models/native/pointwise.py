@@ -35,6 +35,14 @@ class _Gate(ctypes.Structure):
     )
 
 
+class _Angles(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "positions", "frequencies")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "pairs", "interleaved", "type")),
+        ("amplitude", ctypes.c_float),
+    )
+
+
 class _Rotate(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("out", "x", "cos", "sin", "weight")),
@@ -93,6 +101,34 @@ def gate(
     )
     library.gate_rows(ctypes.byref(call))
     return out
+
+
+def turn_angles(
+    library: Library,
+    positions: Tensor,
+    frequencies: Tensor,
+    amplitude: float,
+    dtype: torch.dtype,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine [T, 1, R], as in `kernels.angles`.
+
+    Args:
+        library: The kernels.
+        positions: [T] int64, contiguous.
+        frequencies: [R / 2] float32, contiguous.
+        amplitude: Multiplies both.
+        dtype: Of the results, float32 or bfloat16.
+        interleaved: Pairs are neighbours, not halves.
+    """
+    count, pairs = len(positions), len(frequencies)
+    cos, sin = (torch.empty((count, 1, 2 * pairs), dtype=dtype) for _ in range(2))
+    call = _Angles(
+        *(t.data_ptr() for t in (cos, sin, positions, frequencies)),
+        *(count, pairs, interleaved, TYPES[dtype], amplitude),
+    )
+    library.turn_angles(ctypes.byref(call))
+    return cos, sin
 
 
 def rotate_heads(

@@ -60,6 +60,11 @@ class Inputs:
     targets: list[Target] = field(default_factory=list)
     target_places: list[int] = field(default_factory=list)
 
+    @property
+    def places(self) -> list[int]:
+        """Row and first position of every chunk, one after the other."""
+        return [number for work in self.works for number in (work.row.index, work.start)]
+
 
 def place_chunks(chunks: Sequence[Chunk], rows: Rows) -> Inputs:
     """Lay the chunks out one after the other and write their drafts behind the known tokens."""

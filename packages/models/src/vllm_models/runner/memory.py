@@ -138,8 +138,8 @@ def _check_fit(
     if min(num_blocks, fitting) < 1:
         raise DeviceError(
             f"No KV block of {bytes_per_block} bytes fits beside the weights; free memory, raise "
-            f"--memory-fraction ({options.memory_fraction}) or --kv-cache-memory, or lower "
-            "--max-sequences or --max-batch-tokens."
+            f"--gpu-memory-utilization ({options.memory_fraction}) or --kv-cache-memory, or lower "
+            "--max-num-seqs or --max-num-batched-tokens."
         )
     if num_blocks > fitting:
         raise DeviceError(

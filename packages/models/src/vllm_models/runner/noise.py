@@ -28,13 +28,15 @@ def _signed(x: int) -> int:
     return ((x & _MASK_32) ^ (1 << 31)) - (1 << 31)
 
 
+def key(seed: int, position: int) -> tuple[int, int]:
+    """Two 32-bit keys, of a pair of seed and position."""
+    mixed = _mix_64((_mix_64(seed & _MASK_64) + position * 0x9E3779B97F4A7C15) & _MASK_64)
+    return _signed(mixed), _signed(mixed >> 32)
+
+
 def keys(draws: Iterable[tuple[int, int]], device: torch.device) -> Tensor:
-    """Two 32-bit keys [n, 2] for each pair of seed and position."""
-    pairs: list[tuple[int, int]] = []
-    for seed, position in draws:
-        mixed = _mix_64((_mix_64(seed & _MASK_64) + position * 0x9E3779B97F4A7C15) & _MASK_64)
-        pairs.append((_signed(mixed), _signed(mixed >> 32)))
-    return torch.tensor(pairs, dtype=torch.int32, device=device)
+    """Keys [n, 2] of some pairs of seed and position."""
+    return torch.tensor([key(*draw) for draw in draws], dtype=torch.int32, device=device)
 
 
 def exponential(keys: Tensor, token_ids: Tensor) -> Tensor:

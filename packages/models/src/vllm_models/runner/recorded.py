@@ -7,15 +7,18 @@ same in every bit, since the same kernels run in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from vllm_models.components.context import ForwardContext
 from vllm_models.components.decoder import Decoder
-from vllm_models.native.attention import Spans
 from vllm_models.native.library import Library
+from vllm_models.native.step_inputs import DecodeInputs
 from vllm_models.native.tape import Tape, UnrecordableError
+from vllm_models.runner.kv import KVPool
+from vllm_models.runner.rows import Rows
 
 MAX_ROWS = 64  # beyond them the walk is short beside the step
 MAX_BYTES = 256 << 20  # of recordings, which keep the activations of their steps
@@ -25,8 +28,7 @@ class _Recording(NamedTuple):
     """A recorded step and the inputs it reads."""
 
     tape: Tape
-    token_ids: Tensor  # [T]
-    ctx: ForwardContext
+    inputs: DecodeInputs
     hidden: Tensor  # [T, M]
 
 
@@ -36,11 +38,15 @@ class RecordedSteps:
     Args:
         model: With packed weights.
         library: The kernels.
+        rows: Every sequence's tokens and tables.
+        kv: The pool, in the order of the kernels.
     """
 
-    def __init__(self, model: Decoder, library: Library) -> None:
+    def __init__(self, model: Decoder, library: Library, rows: Rows, kv: KVPool) -> None:
         self._model = model
         self._library = library
+        self._rows = rows
+        self._kv = kv
         self._recordings: dict[int, _Recording] = {}
         self._num_bytes = 0
         self._is_possible = True
@@ -51,40 +57,40 @@ class RecordedSteps:
             return True
         return self._is_possible and num_rows <= MAX_ROWS and self._num_bytes < MAX_BYTES
 
-    def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
-        """Final hidden states, valid until the next step of as many rows: [T] -> [T, M]."""
-        recording = self._recordings.get(len(token_ids))
+    def forward(self, places: Sequence[int]) -> Tensor:
+        """Final hidden states [T, M], valid until the next step of as many sequences.
+
+        Args:
+            places: [T * 2] row and position of each sequence, one after the other.
+        """
+        recording = self._recordings.get(len(places) // 2)
         if recording is None:
-            return self._record(token_ids, ctx)
-        recording.token_ids.copy_(token_ids)
-        recording.ctx.positions.copy_(ctx.positions)
-        recording.ctx.slot_mapping.copy_(ctx.slot_mapping)
-        _spans(recording.ctx).copy_(_spans(ctx))
+            return self._record(places)
+        recording.inputs.place(places)
         recording.tape.replay()
         return recording.hidden
 
-    def _record(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
-        tape = Tape(self._library)
-        spans = _spans(ctx).clone()  # the same for every window
-        own = ctx._replace(
-            positions=ctx.positions.clone(),
-            slot_mapping=ctx.slot_mapping.clone(),
-            attention=[layer._replace(spans=spans) for layer in _native(ctx)],
+    def _record(self, places: Sequence[int]) -> Tensor:
+        rows, count = self._rows, len(places) // 2
+        inputs = DecodeInputs(self._library, rows.tokens, rows.tables, rows.block_size, count)
+        inputs.place(places)
+        ctx = ForwardContext(
+            positions=inputs.positions,
+            slot_mapping=inputs.slots,
+            attention=tuple(inputs.seen_from(window) for window in self._kv.windows),
+            kv=self._kv.layers,
         )
-        own_ids = token_ids.clone()
+
+        def step() -> Tensor:
+            inputs.gather()
+            return self._model(inputs.token_ids, ctx)
+
+        tape = Tape(self._library)
         try:
-            hidden = tape.record(lambda: self._model(own_ids, own))
+            hidden = tape.record(step)
         except UnrecordableError:
             self._is_possible = False
-            return self._model(token_ids, ctx)
-        self._recordings[len(token_ids)] = _Recording(tape, own_ids, own, hidden)
+            return step()
+        self._recordings[count] = _Recording(tape, inputs, hidden)
         self._num_bytes += tape.num_bytes
         return hidden
-
-
-def _native(ctx: ForwardContext) -> list[Spans]:
-    return [layer for layer in ctx.attention if isinstance(layer, Spans)]
-
-
-def _spans(ctx: ForwardContext) -> Tensor:
-    return _native(ctx)[0].spans

@@ -147,6 +147,16 @@ class Rows:
         """Set a sequence's tokens from a position on."""
         self.tokens[row.index, position : position + len(token_ids)] = torch.tensor(token_ids)
 
+    def write_sampled(self, written: Sequence[tuple[int, int, int]]) -> None:
+        """Keep what was sampled: row, position and token of each."""
+        if self.tokens.is_cpu:
+            tokens = self.tokens.numpy()
+            for index, position, token in written:
+                tokens[index, position] = token
+        elif written:
+            index, position, token = torch.tensor(written, device=self.tokens.device).unbind(1)
+            self.tokens[index, position] = token
+
     def write_blocks(self, indices: list[int], columns: list[int], blocks: list[int]) -> None:
         """Set entries of block tables: which row, which column, which block."""
         places = torch.tensor((indices, columns, blocks), device=self.tables.device)

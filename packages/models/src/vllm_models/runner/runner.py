@@ -68,8 +68,11 @@ class Runner:
         self._rows.apply(batch)
         inputs = place_chunks(batch.chunks, self._rows)
         step = Step(self._rows, inputs, self._cost)
-        if inputs.works:
-            hidden = self._hidden(inputs)  # [T, M]
+        if self._recorded is not None and _is_decode(inputs, self._recorded):
+            hidden = self._recorded.forward(inputs.places)
+            step.logits = self._model.logits(hidden).float()  # [N, V]
+        elif inputs.works:
+            hidden = self._model(*token_ids_and_context(inputs.works, self._rows, self._kv))
             step.prompt_logprobs = self._prompt_logprobs(inputs, hidden)
             step.embeddings = _pool(inputs, hidden)
             if inputs.targets:
@@ -80,13 +83,6 @@ class Runner:
             return step
         step.sample()
         return Done(step.result())
-
-    def _hidden(self, inputs: Inputs) -> Tensor:
-        token_ids, ctx = token_ids_and_context(inputs.works, self._rows, self._kv)
-        recorded = self._recorded if _is_decode(inputs.works) else None
-        if recorded is not None and recorded.can_run(len(token_ids)):
-            return recorded.forward(token_ids, ctx)
-        return self._model(token_ids, ctx)
 
     def _prompt_logprobs(
         self, inputs: Inputs, hidden: Tensor
@@ -112,10 +108,17 @@ class Runner:
         return tuple(scored)
 
 
-def _is_decode(works: list[Work]) -> bool:
-    """Whether a step computes one token of every sequence, and none is pooled."""
+def _is_decode(inputs: Inputs, recorded: RecordedSteps) -> bool:
+    """Whether a step samples after one token of every sequence, does nothing else, and can be
+    repeated."""
+    works = inputs.works
+    if not works or len(inputs.targets) != len(works) or not recorded.can_run(len(works)):
+        return False
     return all(
-        work.chunk.num_tokens == 1 and isinstance(work.row.params, SamplingParams) for work in works
+        work.chunk.num_tokens == 1
+        and isinstance(work.row.params, SamplingParams)
+        and work.row.params.prompt_logprobs is None
+        for work in works
     )
 
 
@@ -186,7 +189,7 @@ class Step:
     ) -> None:
         """Per sequence: tokens up to the first that differs from its draft, or a failure."""
         targets = self._inputs.targets
-        written: tuple[list[int], list[int], list[int]] = ([], [], [])
+        written: list[tuple[int, int, int]] = []
         first = 0
         for work in self._inputs.works:
             chunk, row = work.chunk, work.row
@@ -204,13 +207,10 @@ class Step:
                     logprobs[chunk.seq_id] = tuple(sampled.logprobs[i] for i in places)
                 row.length = targets[first].length + count
                 row.computed = work.end - chunk.num_drafts + count - 1
-                written[0].extend([row.index] * count)
-                written[1].extend(range(row.length - count, row.length))
-                written[2].extend(tokens)
+                placed = enumerate(tokens, row.length - count)
+                written += [(row.index, position, token) for position, token in placed]
             first += 1 + chunk.num_drafts
-        if written[0]:
-            index, position, tokens = torch.tensor(written, device=self._rows.tokens.device)
-            self._rows.tokens[index, position] = tokens
+        self._rows.write_sampled(written)
 
     def _fail(self, row: Row, seq_id: int, code: str) -> None:
         row.failure = code

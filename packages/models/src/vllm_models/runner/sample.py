@@ -7,13 +7,14 @@ arrives at time E_i / p_i with E_i exponential, and the first one wins with prob
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from vllm_traits import SamplingParams, TokenLogprobs
 
-from vllm_models.native.choose import choose
+from vllm_models.native.choose import NO_KEY, choose
 from vllm_models.native.library import Library, library_for
 from vllm_models.runner import noise
 from vllm_models.runner.edits import Target, apply_edits
@@ -53,10 +54,8 @@ def sample(
     asked = [i for i, p in enumerate(params) if p.logprobs is not None]
     reported = logits[asked].log_softmax(-1) if asked else None
     apply_edits(logits, targets, tokens, masks)
-    best, token_ids = _draw(logits, targets, params)
-    ids, failures = token_ids.tolist(), {}
-    if not bool(best.isfinite().all()):
-        failures = {i: code_of(value) for i, value in enumerate(best.tolist()) if code_of(value)}
+    best, ids = _draw(logits, targets, params)
+    failures = {i: code_of(score) for i, score in enumerate(best) if not isfinite(score)}
     logprobs: dict[int, TokenLogprobs] = {}
     if reported is not None:
         num_top = [params[i].logprobs or 0 for i in asked]
@@ -79,42 +78,42 @@ def code_of(best: float) -> str:
 
 def _draw(
     logits: Tensor, targets: Sequence[Target], params: Sequence[SamplingParams]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[float], list[int]]:
     """Winning score and token of every row, each row by the cheapest way that is exact."""
     library = library_for(logits)
     if library is not None:
         return _draw_native(library, logits, targets, params)
-    race = [i for i, p in enumerate(params) if p.temperature > 0]
-    if not race:
-        return tuple(logits.max(-1))
-    if len(race) == len(params):
-        return _race(logits, targets, params)
     best, token_ids = logits.max(-1)
-    place = torch.tensor(race, device=logits.device)
-    winners = _race(logits[place], [targets[i] for i in race], [params[i] for i in race])
-    return best.index_copy(0, place, winners[0]), token_ids.index_copy(0, place, winners[1])
+    race = [i for i, p in enumerate(params) if p.temperature > 0]
+    if race:
+        place = torch.tensor(race, device=logits.device)
+        winners = _race(logits[place], [targets[i] for i in race], [params[i] for i in race])
+        best = best.index_copy(0, place, winners[0])
+        token_ids = token_ids.index_copy(0, place, winners[1])
+    return best.tolist(), token_ids.tolist()
 
 
 def _draw_native(
     library: Library, logits: Tensor, targets: Sequence[Target], params: Sequence[SamplingParams]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[float], list[int]]:
     """The same, where whatever is not cut is one call of a kernel."""
     cut = [i for i, p in enumerate(params) if p.temperature > 0 and _is_cut(p)]
-    if len(cut) == len(params):
-        return _race(logits, targets, params)
-    whole = sorted(set(range(len(params))) - set(cut))
-    temperatures = torch.tensor([params[i].temperature for i in whole], dtype=torch.float32)
-    keys = noise.keys(((targets[i].row.seed, targets[i].length) for i in whole), logits.device)
-    rows = torch.tensor(whole, dtype=torch.int64)
-    best, token_ids = choose(library, logits, rows, temperatures, keys)
-    if not cut:
-        return best, token_ids
-    place = torch.tensor(cut, dtype=torch.int64)
-    winners = _race(logits[place], [targets[i] for i in cut], [params[i] for i in cut])
-    found = torch.empty(len(params)), torch.empty(len(params), dtype=torch.int64)
-    for out, chosen, raced in zip(found, (best, token_ids), winners, strict=True):
-        out[rows], out[place] = chosen, raced
-    return found
+    whole = sorted(set(range(len(params))) - set(cut)) if cut else range(len(params))
+    best, token_ids = [0.0] * len(params), [0] * len(params)
+    if whole:
+        keys = [
+            noise.key(targets[i].row.seed, targets[i].length) if params[i].temperature else NO_KEY
+            for i in whole
+        ]
+        chosen = choose(library, logits, whole, [params[i].temperature for i in whole], keys)
+        for i, score, token in zip(whole, *chosen, strict=True):
+            best[i], token_ids[i] = score, token
+    if cut:
+        rows = logits[torch.tensor(cut, dtype=torch.int64)]
+        raced = _race(rows, [targets[i] for i in cut], [params[i] for i in cut])
+        for i, score, token in zip(cut, *(found.tolist() for found in raced), strict=True):
+            best[i], token_ids[i] = score, token
+    return best, token_ids
 
 
 def _is_cut(params: SamplingParams) -> bool:
