@@ -39,7 +39,7 @@ INLINE void gather_row(const format *f, const blocks_weight *w, int64_t row, flo
 
 /* out [num_rows][columns] float32. */
 void blocks_gather(const blocks_weight *w, const int64_t *rows, int64_t num_rows, float *out) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (num_rows > 8)
     for (int64_t i = 0; i < num_rows; i++) switch (w->format) {
 #define CASE(name, number, ...) \
     case number: gather_row(&name, w, rows[i], out + i * w->columns); break;

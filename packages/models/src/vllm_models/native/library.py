@@ -55,6 +55,7 @@ _FUNCTIONS: dict[str, tuple[tuple[type, ...], type | None]] = {
     "add_answers": ((_POINTER,), None),
     "step_inputs": ((_POINTER,), None),
     "choose_tokens": ((_POINTER,), ctypes.c_int),
+    "convert_numbers": ((_POINTER, _POINTER, _INT, _INT, _INT), None),
     "add_numbers": ((_POINTER, _POINTER, _POINTER, _INT, _INT), None),
     "replay": ((_POINTER, _INT), _INT),
     "read_memory": ((_POINTER, _INT), ctypes.c_float),
@@ -123,6 +124,7 @@ class Library:
         self.add_answers = Function(self, "add_answers")
         self.step_inputs = Function(self, "step_inputs")
         self.choose_tokens = Function(self, "choose_tokens")
+        self.convert_numbers = Function(self, "convert_numbers")
         self.add_numbers = Function(self, "add_numbers")
         self.replay = Function(self, "replay")
         self.read_memory = Function(self, "read_memory")

@@ -1,4 +1,5 @@
-/* Calls of other functions of this library, one after the other, and the sum of two tensors. */
+/* Calls of other functions of this library, one after the other, and what torch does between them
+   most: the sum of two tensors, and a tensor in the other type. */
 #include "elements.h"
 
 #define ARGUMENTS 12
@@ -35,4 +36,13 @@ void add_numbers(void *out, const void *a, const void *b, int64_t count, int64_t
     }
     for (int64_t i = whole; i < count; i++)
         element_store(out, i, element_load(a, i, (int)type) + element_load(b, i, (int)type), (int)type);
+}
+
+/* out = a, `count` numbers, from one type to the other. */
+void convert_numbers(void *out, const void *a, int64_t count, int64_t out_type, int64_t type) {
+    int64_t whole = count / WIDTH * WIDTH;
+    for (int64_t i = 0; i < whole; i += WIDTH)
+        elements_store(out, i, elements_load(a, i, (int)type), (int)out_type);
+    for (int64_t i = whole; i < count; i++)
+        element_store(out, i, element_load(a, i, (int)type), (int)out_type);
 }

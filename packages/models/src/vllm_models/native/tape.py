@@ -131,11 +131,24 @@ class Tape:
             return None
         if not (a.is_contiguous() and b.is_contiguous()):
             return None
-        out = torch.empty_like(a)
-        self.keep(out)
-        self.num_bytes += out.nbytes
+        out = self._like(a, a.dtype)
         addresses = (out.data_ptr(), a.data_ptr(), b.data_ptr())
         self._library.add_numbers(*addresses, a.numel(), TYPES[a.dtype])
+        return out
+
+    def convert(self, a: Tensor, dtype: object) -> Tensor | None:
+        """The same numbers in another type by a kernel; None if it has no such type."""
+        if a.dtype not in TYPES or dtype not in TYPES or a.dtype == dtype or not a.is_contiguous():
+            return None
+        out = self._like(a, dtype)
+        types = (TYPES[dtype], TYPES[a.dtype])
+        self._library.convert_numbers(out.data_ptr(), a.data_ptr(), a.numel(), *types)
+        return out
+
+    def _like(self, a: Tensor, dtype: torch.dtype) -> Tensor:
+        out = torch.empty_like(a, dtype=dtype)
+        self.keep(out)
+        self.num_bytes += out.nbytes
         return out
 
     def keep(self, value: Any) -> None:
@@ -162,10 +175,9 @@ class _Operators(TorchDispatchMode):
         packet = func.overloadpacket
         if packet not in _PLAIN and packet not in _FRESH:
             raise UnrecordableError(str(func))
-        if func is _aten.add.Tensor and not kwargs and isinstance(args[1], Tensor):
-            out = self.tape.add(args[0], args[1])
-            if out is not None:
-                return out
+        out = None if kwargs else self._by_kernel(func, args)
+        if out is not None:
+            return out
         out = func(*args, **kwargs)
         self.tape.keep(out)
         made = [tensor for tensor in _tensors(out) if _memory(tensor) not in _memories(args)]
@@ -175,6 +187,14 @@ class _Operators(TorchDispatchMode):
         elif made and packet not in _FRESH:
             self.tape.repeat(lambda: _refill(out, func(*args, **kwargs)))
         return out
+
+    def _by_kernel(self, func: Any, args: tuple[Any, ...]) -> Tensor | None:
+        """What torch does between kernels most, if a kernel can."""
+        if func is _aten.add.Tensor and isinstance(args[1], Tensor):
+            return self.tape.add(args[0], args[1])
+        if func is _aten.to.dtype and len(args) == 2:
+            return self.tape.convert(args[0], args[1])
+        return None
 
 
 def as_one(code: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
