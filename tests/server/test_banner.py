@@ -12,7 +12,7 @@ from vllm_server.self_check import Findings
 
 
 def settings(*words: str) -> Settings:
-    return load(FlagParser("test", "").parse(words)[1], environ={}).settings
+    return load(FlagParser("serve", "").parse(words)[1], environ={}).settings
 
 
 class Memory:

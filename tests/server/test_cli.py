@@ -68,7 +68,7 @@ def test_help_version_and_unknown_commands(ran, capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("vllm-lite 0.")
     assert cli.main(["sevre"]) == 2
-    assert "did you mean serve?" in capsys.readouterr().err
+    assert "did you mean serve?\n" in capsys.readouterr().err
     assert cli.server_main(["run-batch"]) == 2
     assert ran == []
 
@@ -168,7 +168,7 @@ def test_every_command_that_needs_a_model_takes_the_settings(command):
         (["serve", "--config", "missing.yaml"], 2, "Cannot read the configuration file"),
         (["serve", "--hardened", "--host", "0.0.0.0"], 2, "only with keys"),
         (["serve", "--port", "70000"], 2, "at most 65535"),
-        (["bench", "serf"], 2, "did you mean serve?"),
+        (["bench", "serf"], 2, "did you mean serve?\n"),
         (["bench", "serve", "--url", "ftp://x"], 2, "not an http or https URL"),
         (["bench", "serve", "--goodput", "speed:1"], 2, "a goal is ttft:MS"),
         (["bench", "serve", "--num-prompts", "0"], 2, "at least 1"),

@@ -88,9 +88,10 @@ def test_completion_answers_in_order_and_ends_with_right_sums(capsys):
     assert 2 <= int(decoded) <= 12 and int(prompt) > 10
 
 
-def test_completion_in_a_batch_is_muted_and_runs_all_at_once(capsys):
+def test_completion_in_a_batch_is_muted_and_runs_all_at_once(capsys, monkeypatch):
     words = ["--batch", "6", "--prompts", "Hello | ignored", "--max-tokens", "5", *FLAGS]
-    assert run_command("completion", [*words, "--max-num-seqs", "1"]) == 0
+    monkeypatch.setenv("VLLM_LITE_ENGINE_MAX_NUM_SEQS", "1")
+    assert run_command("completion", words) == 0
     out = capsys.readouterr().out
     assert out.count("\n") == 2, "two lines of summary"
     alone = ["--prompts", "Hello", "--max-tokens", "5", *FLAGS]
@@ -216,7 +217,7 @@ def url(engine):
 
 
 def test_chat_with_a_running_server_streams_and_shows_the_same_figures(url, engine):
-    talker = RemoteTalker(url, None, None, "session-1")
+    talker = RemoteTalker(url, None, None, "session-1", {})
     messages = [{"role": "user", "content": "What is vllm-lite?"}]
     assert talker.turn.tokens_left == 256
     text = "".join(talker.answer(messages))
@@ -227,8 +228,23 @@ def test_chat_with_a_running_server_streams_and_shows_the_same_figures(url, engi
     assert talker.turn.cached_tokens > 0 and talker.turn.tokens_left < left
 
 
+def test_chat_with_a_running_server_sends_the_settings_that_say_something(url, capsys, monkeypatch):
+    def ask(*words):
+        stdin(monkeypatch, "What is vllm-lite?\n")
+        assert run_command("chat", ["--url", url, *words]) == 0
+        return capsys.readouterr()
+
+    greedy = ask("--temperature", "0", "--max-tokens", "5")
+    assert ask("--temperature", "0", "--max-tokens", "5").out == greedy.out
+    hot = ("--temperature", "2", "--max-tokens", "5")
+    assert ask(*hot, "--seed", "1").out == ask(*hot, "--seed", "1").out != ask(*hot).out
+    (left,) = re.findall(r"\[(\d+) tokens left", greedy.err)
+    (more,) = re.findall(r"\[(\d+) tokens left", ask("--temperature=0", "--max-tokens=2").err)
+    assert int(more) - int(left) == 3
+
+
 def test_leaving_an_answer_of_a_server_aborts_it_there(url, engine):
-    talker = RemoteTalker(url, None, None, "session-2")
+    talker = RemoteTalker(url, None, None, "session-2", {})
     answer = talker.answer([{"role": "user", "content": "Tell a long story."}])
     next(answer)
     answer.close()
@@ -236,7 +252,7 @@ def test_leaving_an_answer_of_a_server_aborts_it_there(url, engine):
 
 
 def test_errors_of_a_server_are_told_with_its_own_words(url):
-    talker = RemoteTalker(url, None, None, "session-3")
+    talker = RemoteTalker(url, None, None, "session-3", {})
     with pytest.raises(InvalidRequestError, match="maximum context length is 256"):
         list(talker.answer([{"role": "user", "content": "word " * 999}]))
     assert httpx.get(f"{url}/health").status_code == 200

@@ -21,7 +21,7 @@ auth:   {api_keys: [], rate_limit_requests: 100, rate_limit_window_secs: 60}
 
 
 def flags(*words: str):
-    return FlagParser("test", "A test.").parse(words)[1]
+    return FlagParser("serve", "A test.").parse(words)[1]
 
 
 def samples(field: Field) -> tuple[str, str]:
@@ -199,14 +199,14 @@ def test_an_address_that_kubernetes_injects_as_port_is_ignored_with_a_warning():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prot", "1"], r"Unknown flag --prot; did you mean --port\?"),
+        (["--prot", "1"], r"Unknown flag --prot; did you mean --port\?$"),
         (["--zzzzzz"], r"Unknown flag --zzzzzz\.$"),
         (["stray"], "Unexpected argument 'stray'"),
         (["--port"], "--port.*expected one argument"),
         (["--port", "x"], "flag --port is 'x', but must be a whole number"),
         (["--port", "65536"], "must be at least 0 and at most 65535"),
         (["--block-size", "24"], "must be one of 16, 32, 64, 128"),
-        (["--dtype", "bf17"], r"must be one of .*did you mean bf16\?"),
+        (["--dtype", "bf17"], r"must be one of .*did you mean bf16\?$"),
         (["--temperature", "nan"], "must be a finite number"),
         (["--temperature", "2.5"], "at most 2"),
     ],
@@ -219,8 +219,8 @@ def test_bad_flags_are_refused_with_the_nearest_name(words, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("server: {prot: 1}", r":1:10: unknown key 'server.prot'; did you mean server.port\?"),
-        ("\nsevrer:\n  port: 1", r"unknown section 'sevrer'; did you mean server\?"),
+        ("server: {prot: 1}", r":1:10: unknown key 'server.prot'; did you mean server.port\?$"),
+        ("\nsevrer:\n  port: 1", r"unknown section 'sevrer'; did you mean server\?$"),
         ("server:\n  port: [1", r"config.yaml:2:11: not valid YAML"),
         ("server:\n  port: 1\n  port: 2", r"config.yaml:3:3: 'port' appears twice"),
         ("server:\n  port: eighty", r"yaml:2:3 server.port is 'eighty', but must be a whole"),
@@ -231,7 +231,7 @@ def test_bad_flags_are_refused_with_the_nearest_name(words, message):
         ("engine: {model: 5}", "must be text; put it in quotes"),
         ("engine: {model: !!python/name:os.system x}", "1:17: not valid YAML"),
         ("auth: {api_keys: 7}", "must be a list"),
-        ("auth: {api_keys: [{nmae: x}]}", r"no part 'nmae'; did you mean name\?"),
+        ("auth: {api_keys: [{nmae: x}]}", r"no part 'nmae'; did you mean name\?$"),
         ("auth: {api_keys: [{name: x}]}", "needs `key`"),
         ("engine: {prefix_cache: maybe}", "must be true or false"),
         ("server: {port: null}", "must be a whole number"),
@@ -266,7 +266,7 @@ def test_config_path_comes_from_the_environment_and_a_missing_file_is_refused(wr
 
 def test_an_unknown_variable_of_our_prefix_is_refused_and_foreign_ones_pass():
     with pytest.raises(
-        ConfigError, match=r"VLLM_LITE_SERVER_PROT; did you mean VLLM_LITE_SERVER_PORT"
+        ConfigError, match=r"VLLM_LITE_SERVER_PROT; did you mean VLLM_LITE_SERVER_PORT\?$"
     ):
         load(environ={"VLLM_LITE_SERVER_PROT": "1"})
     assert load(environ={"VLLM_SOMETHING": "1", "PATH": "/bin"}).settings == Settings()

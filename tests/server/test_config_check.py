@@ -8,7 +8,7 @@ from vllm_traits import ConfigError
 
 
 def flags(*words: str):
-    return FlagParser("test", "A test.").parse(words)[1]
+    return FlagParser("serve", "A test.").parse(words)[1]
 
 
 def hardened(*words: str):

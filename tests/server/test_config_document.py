@@ -10,10 +10,11 @@ from vllm_server.config.fields import all_fields
 from vllm_server.config.flags import FlagParser
 
 ROOT = Path(__file__).parents[2]
+ALL = frozenset(field.path for field in all_fields())
 
 
 def flags(*words: str):
-    return FlagParser("test", "A test.").parse(words)[1]
+    return FlagParser("serve", "A test.").parse(words)[1]
 
 
 def test_effective_configuration_is_yaml_with_origins_and_masked_secrets(tmp_path):
@@ -24,7 +25,7 @@ def test_effective_configuration_is_yaml_with_origins_and_masked_secrets(tmp_pat
         environ={"HF_TOKEN": "hf_secret"},
         config=path,
     )
-    text = effective(configuration)
+    text = effective(configuration, ALL)
     parsed = yaml.safe_load(text)
     assert parsed["server"]["port"] == 9
     assert parsed["engine"]["max_num_seqs"] == 3
@@ -37,10 +38,15 @@ def test_effective_configuration_is_yaml_with_origins_and_masked_secrets(tmp_pat
     assert {f.key for f in all_fields()} == {key for part in parsed.values() for key in part}
 
 
+def test_effective_configuration_shows_the_settings_that_were_asked_for_alone():
+    text = effective(load(environ={}), {"engine.model", "server.log_level"})
+    assert yaml.safe_load(text) == {"server": {"log_level": "info"}, "engine": {"model": "builtin"}}
+
+
 def test_the_printed_configuration_without_secrets_can_be_loaded_again(tmp_path):
     configuration = load(flags("--max-tokens", "7", "--cors-origins", "a"), environ={})
     path = tmp_path / "config.yaml"
-    path.write_text(effective(configuration))
+    path.write_text(effective(configuration, ALL))
     again = load(environ={}, config=path)
     assert again.settings == configuration.settings
 

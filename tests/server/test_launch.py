@@ -16,7 +16,7 @@ from vllm_traits import ModelError
 
 
 def settings(*words: str) -> Settings:
-    return load(FlagParser("test", "").parse(words)[1], environ={}).settings
+    return load(FlagParser("serve", "").parse(words)[1], environ={}).settings
 
 
 def test_nothing_heavy_is_imported_before_the_server_answers():

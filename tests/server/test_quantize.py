@@ -71,12 +71,12 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(tmp_path, capsys, t
 
 @pytest.mark.parametrize("flag", ["--isq", "--quant"])
 def test_the_flag_for_loading_reaches_the_backend(flag):
-    parsed = load(FlagParser("test", "").parse(["--cpu", flag, "Q4_K"])[1], environ={})
+    parsed = load(FlagParser("serve", "").parse(["--cpu", flag, "Q4_K"])[1], environ={})
     assert launch.backend_options(parsed.settings.engine, Path()).isq == "Q4_K"
 
 
 def test_an_unknown_type_for_loading_is_refused_at_once(capsys):
-    assert main(["info", "builtin", "--isq", "q9"]) == 2
+    assert main(["generate", "a", "--isq", "q9"]) == 2
     assert "isq is 'q9'" in capsys.readouterr().err
 
 

@@ -181,7 +181,7 @@ def test_a_real_model_passes_where_it_has_kernels() -> None:
         "--num-threads",
         "1",
     )
-    settings = load(FlagParser("test", "").parse([*words, "--device", "cpu"])[1], environ={})
+    settings = load(FlagParser("serve", "").parse([*words, "--device", "cpu"])[1], environ={})
     findings = launch.load_model(settings.settings, lambda news: None).findings
     check = findings.self_check
     assert check is not None

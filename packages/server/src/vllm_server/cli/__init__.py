@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from vllm_traits import ConfigError, DeviceError, ModelError, VllmLiteError
 
-from vllm_server.config.names import nearest
+from vllm_server.config.names import nearest, sentence
 
 CLEAN, UNEXPECTED, CONFIGURATION, MODEL, DEVICE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -93,7 +93,7 @@ def _overview(prog: str, words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage)
         return CLEAN
-    _complain(f"Unknown command {words[0]!r}{nearest(words[0], COMMANDS)}.")
+    _complain(sentence(f"Unknown command {words[0]!r}{nearest(words[0], COMMANDS)}"))
     print(usage, file=sys.stderr)
     return CONFIGURATION
 

@@ -15,7 +15,7 @@ from vllm_traits import ConfigError
 from vllm_server.bench.workload import Workload
 from vllm_server.cli import settings
 from vllm_server.config.flags import FlagParser
-from vllm_server.config.names import nearest
+from vllm_server.config.names import nearest, sentence
 
 _USAGE = """\
 usage: vllm-lite bench serve|throughput|latency [flags]
@@ -52,14 +52,12 @@ def run(argv: Sequence[str]) -> int:
         print(_USAGE)
         return 0
     if argv[0] not in kinds:
-        raise ConfigError(f"Unknown benchmark {argv[0]!r}{nearest(argv[0], kinds)}.")
+        raise ConfigError(sentence(f"Unknown benchmark {argv[0]!r}{nearest(argv[0], kinds)}"))
     return kinds[argv[0]](argv[0], argv[1:])
 
 
 def _serve(kind: str, argv: Sequence[str]) -> int:
-    parser = FlagParser(
-        "vllm-lite bench serve", "Load an OpenAI-compatible server.", settings=False
-    )
+    parser = FlagParser("bench serve", "Load an OpenAI-compatible server.")
     _add_workload(parser, 100, "--bench-seed --seed")
     _add_load(parser)
     parsed, _ = parser.parse(argv)
@@ -172,7 +170,7 @@ def _workload(parsed: argparse.Namespace, as_ids: bool) -> Workload:
 
 
 def _offline(kind: str, argv: Sequence[str]) -> int:
-    parser = FlagParser(f"vllm-lite bench {kind}", "Measure the engine without HTTP.")
+    parser = FlagParser(f"bench {kind}", "Measure the engine without HTTP.")
     _add_workload(parser, 100 if kind == "throughput" else 1, "--bench-seed")
     if kind == "latency":
         parser.add_argument(

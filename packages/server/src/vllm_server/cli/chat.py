@@ -9,8 +9,9 @@ import contextlib
 import secrets
 import sys
 from collections.abc import Generator, Sequence
+from dataclasses import asdict
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_traits import InvalidRequestError
 
@@ -26,7 +27,7 @@ _HELP = "Ctrl+C stops an answer, then clears the history, then exits; Ctrl+D exi
 
 def run(argv: Sequence[str]) -> int:
     """The exit code is 0 when the user left."""
-    parser = FlagParser("vllm-lite chat", "Talk to a model.")
+    parser = FlagParser("chat", "Talk to a model.")
     parser.add_argument("--i", action="store_true", help="Same as the command chat.")
     parser.add_argument("--system", default=None, metavar="TEXT", help="The system message.")
     parser.add_argument(
@@ -54,7 +55,13 @@ def _talker(url: str | None, session: str, chosen: Settings) -> Generator[Talker
 
     key = next((k if isinstance(k, str) else str(k["key"]) for k in chosen.auth.api_keys), None)
     model = chosen.engine.model if chosen.engine.model != "builtin" else None
-    yield RemoteTalker(url, key, model, session)
+    yield RemoteTalker(url, key, model, session, _parameters(chosen))
+
+
+def _parameters(chosen: Settings) -> dict[str, Any]:
+    """What the settings say about every answer, under the API's names, which are the same."""
+    said = {"max_tokens": chosen.engine.max_tokens, **asdict(chosen.sampling)}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 class Conversation:

@@ -21,7 +21,7 @@ DEFAULT_PROMPT = "How are you today?"
 
 def run(argv: Sequence[str]) -> int:
     """The exit code is 1 if an answer failed."""
-    parser = FlagParser("vllm-lite completion", "Answer prompts and show the speed.")
+    parser = FlagParser("completion", "Answer prompts and show the speed.")
     parser.add_argument(
         "--prompts", default=DEFAULT_PROMPT, metavar="TEXT", help='Prompts, split at "|".'
     )

@@ -15,9 +15,7 @@ MAX_TOKENS = 64
 
 def run(argv: Sequence[str]) -> int:
     """The exit code is 0 unless the engine failed."""
-    parser = FlagParser(
-        "vllm-lite generate", "Continue a prompt; text to stdout, log lines to stderr."
-    )
+    parser = FlagParser("generate", "Continue a prompt; text to stdout, log lines to stderr.")
     parser.usage = "vllm-lite generate [flags] [text]"
     parser.add_argument("text", nargs="?", default=None, help="The prompt; - or none reads stdin.")
     parser.add_argument("--prompt", default=None, metavar="TEXT", help="The prompt, as a flag.")

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 def run(argv: Sequence[str]) -> int:
     """The exit code is 0 unless the model cannot be read."""
-    parser = FlagParser("vllm-lite info", "Describe a model from its headers; loads no weights.")
-    parser.usage = "vllm-lite info [flags] [model]"
-    parser.add_argument("name", nargs="?", default=None, help="As --model.", metavar="model")
+    parser = FlagParser("info", "Describe a model from its headers; loads no weights.")
+    parser.usage = "vllm-lite info [flags] [MODEL]"
+    parser.add_argument("model", nargs="?", default=None, help="As --model.", metavar="MODEL")
     parser.add_switch("--json", default=False, help="Print one JSON object.")
     parsed, configuration = settings.read(parser, argv, {"server.log_level": "warn"})
 
@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
 
     from vllm_server.launch import find_model
 
-    path = find_model(configuration.settings.engine, parsed.name)
+    path = find_model(configuration.settings.engine, parsed.model)
     engine = configuration.settings.engine
     found = describe(path, engine.dtype, engine.device, engine.kv_cache_dtype)
     print(json.dumps(_fields(found)) if parsed.json else _table(found))
@@ -87,7 +87,8 @@ def _table(found: Description) -> str:
 def _verdict(found: Description) -> str:
     free = f"{_size(found.free_bytes)} free on {found.device}"
     if found.weight_bytes > found.free_bytes * 0.9:
-        return f"{free}: the weights do not fit; take a smaller or quantized model, or --isq"
+        advice = "take a smaller or quantized model, or serve it with --isq"
+        return f"{free}: the weights do not fit; {advice}"
     tokens = found.tokens_that_fit
     full = tokens / found.config.max_position
     return (

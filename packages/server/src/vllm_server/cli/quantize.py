@@ -12,7 +12,7 @@ from vllm_traits import ConfigError
 
 from vllm_server.cli import settings
 from vllm_server.config.flags import FlagParser
-from vllm_server.config.names import nearest
+from vllm_server.config.names import nearest, sentence
 
 if TYPE_CHECKING:
     from vllm_models.weights.checkpoint import Checkpoint
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def run(argv: Sequence[str]) -> int:
     """The exit code is 0 when the file is complete."""
     parser = FlagParser(
-        "vllm-lite quantize", "Write a model as a GGUF file. Its weights must not be quantized yet."
+        "quantize", "Write a model as a GGUF file. Its weights must not be quantized yet."
     )
     parser.usage = "vllm-lite quantize SRC DST.gguf --type TYPE [flags]"
     parser.add_argument("source", metavar="SRC", help="Folder, Hub id, GGUF file, or builtin.")
@@ -34,10 +34,8 @@ def run(argv: Sequence[str]) -> int:
     _check_target(parsed.target, parsed.force)
     mixture = find_mixture(parsed.type)
     if mixture is None:
-        raise ConfigError(
-            f"Unknown type {parsed.type!r}{nearest(parsed.type, MIXTURES)}. Types: "
-            f"{', '.join(MIXTURES)}."
-        )
+        unknown = sentence(f"Unknown type {parsed.type!r}{nearest(parsed.type, MIXTURES)}")
+        raise ConfigError(f"{unknown} Types: {', '.join(MIXTURES)}.")
 
     from vllm_models.gguf.export import export_gguf
     from vllm_models.weights.checkpoint import open_checkpoint

@@ -19,17 +19,32 @@ from vllm_server.cli.talk import Messages, Turn
 class RemoteTalker:
     """Answers by asking a server.
 
+    Args:
+        url: Its address.
+        key: Sent as a bearer token.
+        model: Name to ask for; the server's first without.
+        session: Id whose blocks the server may keep.
+        parameters: Of every request, such as a temperature.
+
     Raises:
         ConfigError: It cannot be reached.
     """
 
-    def __init__(self, url: str, key: str | None, model: str | None, session: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        key: str | None,
+        model: str | None,
+        session: str,
+        parameters: Mapping[str, Any],
+    ) -> None:
         try:
             self._target = Target.parse(url)
         except ValueError as error:
             raise ConfigError(f"--url: {error}.") from None
         self._key = key
         self._session = session
+        self._parameters = parameters
         card = asyncio.run(self._card(url, model))
         self._model = str(card["id"])
         self._max_model_len = int(card.get("max_model_len") or 0)
@@ -48,6 +63,7 @@ class RemoteTalker:
 
     def answer(self, messages: Messages) -> Iterator[str]:
         body = {
+            **self._parameters,
             "model": self._model,
             "messages": list(messages),
             "stream": True,

@@ -14,7 +14,7 @@ from vllm_server.parent_death import follow_launcher
 
 def run(argv: Sequence[str]) -> int:
     """Bind first, so that a port in use is known before anything is loaded."""
-    parser = FlagParser("vllm-lite serve", "Serve the OpenAI-compatible API.")
+    parser = FlagParser("serve", "Serve the OpenAI-compatible API.")
     parser.add_argument("--server", action="store_true", help="Same as the command serve.")
     _, configuration = settings.read(parser, argv)
     follow_launcher()

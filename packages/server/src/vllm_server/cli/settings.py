@@ -34,7 +34,7 @@ def read(
     configuration = load(given, config=getattr(parsed, "config", None))
     configuration = check(_with_defaults(configuration, defaults or {}))
     if getattr(parsed, "print_config", False):
-        print(effective(configuration))
+        print(effective(configuration, parser.use.paths))
         raise SystemExit(0)
     server = configuration.settings.server
     logs.setup(server.log_level, server.log_format)

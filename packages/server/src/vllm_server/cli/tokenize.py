@@ -14,7 +14,7 @@ from vllm_server.config.flags import FlagParser
 
 def run(argv: Sequence[str]) -> int:
     """The exit code is 0 unless the tokenizer cannot be read."""
-    parser = FlagParser("vllm-lite tokenize", "Show the tokens of a text; loads no weights.")
+    parser = FlagParser("tokenize", "Show the tokens of a text; loads no weights.")
     parser.usage = "vllm-lite tokenize [flags] [text]"
     parser.add_argument("text", nargs="?", default="-", help="The text; - or none reads stdin.")
     parser.add_switch("--json", default=False, help="Print the ids as one JSON list.")

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from vllm_server.config.fields import Field, all_fields
 from vllm_server.config.load import CONFIG_PATH_VARIABLE, Configuration
 from vllm_server.config.unavailable import UNAVAILABLE
+from vllm_server.config.uses import USES, summary
 from vllm_server.config.values import limits
 
 MASK = "***"
 
 
-def effective(configuration: Configuration) -> str:
-    """Every value as YAML with its origin as a comment; secrets are masked."""
+def effective(configuration: Configuration, paths: Collection[str]) -> str:
+    """The values of these settings as YAML with their origin as a comment; secrets are masked."""
     lines: list[str] = []
     for section, fields in _sections():
-        lines.append(f"{section}:")
-        for field in fields:
+        shown = [field for field in fields if field.path in paths]
+        lines += [f"{section}:"] if shown else []
+        for field in shown:
             value = getattr(getattr(configuration.settings, section), field.key)
             origin = configuration.origins.get(field.path, "default")
             lines.append(f"  {field.key}: {_shown(field, value)}  # {origin}")
@@ -53,15 +55,32 @@ file, then the default. Only API keys of all sources count together.
 - `--cpu` stands for `--device cpu`, `--disable-shutdown-endpoint` for `--no-shutdown-endpoint`;
   both are flags alone.
 
-`--print-config` shows every value and where it came from. An unknown name, or a value out of range,
-ends the start with exit code 2 and the nearest name. For completion in editors:
-`python -m vllm_server.config --json-schema`.
+`--print-config` shows every value that the command uses and where it came from. An unknown name, or
+a value out of range, ends the start with exit code 2 and the nearest name. For completion in
+editors: `python -m vllm_server.config --json-schema`.
 """
 
 
 def markdown() -> str:
     """The reference of all settings."""
-    return _INTRODUCTION + "\n".join([*_tables(), *_refusals()]) + "\n"
+    return _INTRODUCTION + "\n".join([*_uses(), *_tables(), *_refusals()]) + "\n"
+
+
+def _uses() -> Iterator[str]:
+    yield from (
+        "",
+        "## What each command takes",
+        "",
+        "The flag of a setting that a command does not use ends it with exit code 2. A YAML file",
+        "and the environment are shared by all commands and may hold settings for any of them.",
+        "",
+        "| `vllm-lite` | settings that may be given as flags |",
+        "|---|---|",
+    )
+    for use in USES.values():
+        yield f"| `{use.command}` | {summary(use.paths)} |"
+        for mode in use.modes:
+            yield f"| `{use.command}` {mode.words} | {summary(use.paths - mode.unused)} |"
 
 
 def _tables() -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Command-line flags generated from the settings, and a parser whose errors are `ConfigError`.
 
-Flags may be written with dashes or underscores, `--x v` or `--x=v`, `--x` or `--no-x`. Knows no
-command; a command adds its own flags to the parser it is given.
+Flags may be written with dashes or underscores, `--x v` or `--x=v`, `--x` or `--no-x`. Which
+settings a command takes is said in `uses`; a command adds its own flags to its parser.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any, NoReturn
 from vllm_traits import ConfigError
 
 from vllm_server.config.fields import Field, all_fields
-from vllm_server.config.names import nearest
+from vllm_server.config.names import nearest, sentence
 from vllm_server.config.sources import Given, refuse
 from vllm_server.config.unavailable import UNAVAILABLE, Unavailable
+from vllm_server.config.uses import USES, Use, unused, unused_in
 from vllm_server.config.values import limits
 
 _SHORTHANDS = (
@@ -32,9 +33,15 @@ _METAVARS = {"int": "N", "float": "X", "text": "TEXT", "texts": "TEXT", "keys": 
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Parses a command's own flags and, if asked to carry them, the settings."""
+    """Parses a command's own flags and those of the settings it uses; refuses the others'.
 
-    def __init__(self, prog: str, description: str, *, settings: bool = True) -> None:
+    Args:
+        command: One of `USES`.
+        description: One sentence for `--help`.
+    """
+
+    def __init__(self, command: str, description: str) -> None:
+        prog = f"vllm-lite {command}"
         super().__init__(
             prog=prog,
             usage=f"{prog} [flags]",
@@ -43,25 +50,27 @@ class FlagParser(argparse.ArgumentParser):
             argument_default=argparse.SUPPRESS,
             formatter_class=_HelpFormatter,
         )
+        self.use: Use = USES[command]
         self._switches: set[str] = set()
-        if settings:
+        if self.use.paths:
             self._add_settings()
 
     def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[Given]]:
         """The command's own values, and what the settings were given.
 
         Raises:
-            ConfigError: A flag is unknown, lacks its value, or asks for what is not there.
+            ConfigError: A flag is unknown or unused, lacks its value, or asks for what is not
+                there.
         """
+        self._refuse_unused()
         start = argparse.Namespace(given=[])
         parsed, rest = self.parse_known_args(self._normalised(argv), start)
         for word in rest:
-            known = self._option_string_actions
-            raise ConfigError(
-                f"Unknown flag {word}{nearest(word.partition('=')[0], known)}."
-                if word.startswith("-")
-                else f"Unexpected argument {word!r}; see --help."
-            )
+            if not word.startswith("-"):
+                raise ConfigError(f"Unexpected argument {word!r}; see --help.")
+            hint = nearest(word.partition("=")[0], self._taken())
+            raise ConfigError(sentence(f"Unknown flag {word}{hint}"))
+        self._check_modes(parsed)
         return parsed, _joined(parsed.given)
 
     def error(self, message: str) -> NoReturn:
@@ -96,19 +105,19 @@ class FlagParser(argparse.ArgumentParser):
         self.add_argument(
             "--print-config",
             action="store_true",
-            help="Print every setting and where its value comes from, then exit.",
+            help="Print each setting the command uses and where its value comes from, then exit.",
         )
         groups: dict[str, Any] = {}
-        for field in all_fields():
+        for field in self.use.fields:
             if field.section not in groups:
                 groups[field.section] = self.add_argument_group(f"{field.section} settings")
             self._add_setting(groups[field.section], field)
-        by_path = {field.path: field for field in all_fields()}
+        by_path = {field.path: field for field in self.use.fields}
         for flag, path, value, words in _SHORTHANDS:
-            group = groups[path.partition(".")[0]]
-            group.add_argument(
-                flag, action=_Collect, nargs=0, value=value, field=by_path[path], help=words
-            )
+            if path in by_path:
+                groups[path.partition(".")[0]].add_argument(
+                    flag, action=_Collect, nargs=0, value=value, field=by_path[path], help=words
+                )
         for entry in UNAVAILABLE:
             self._add_refusal(entry)
 
@@ -132,6 +141,28 @@ class FlagParser(argparse.ArgumentParser):
             self._switches.update(flags)
         nargs = 0 if entry.switch else None
         self.add_argument(*flags, action=_Refuse, nargs=nargs, entry=entry, help=argparse.SUPPRESS)
+
+    def _refuse_unused(self) -> None:
+        """Every flag of a setting that is free is one of another command: say so."""
+        for field in all_fields():
+            shown, hidden = _spellings(field)
+            shorthands = [flag for flag, path, *_ in _SHORTHANDS if path == field.path]
+            flags = [*shown, *hidden, *shorthands]
+            if free := [flag for flag in flags if flag not in self._option_string_actions]:
+                self.add_argument(
+                    *free, action=_Unused, field=field, nargs="?", help=argparse.SUPPRESS
+                )
+
+    def _taken(self) -> list[str]:
+        actions = self._option_string_actions.items()
+        return [flag for flag, action in actions if not isinstance(action, _Unused | _Refuse)]
+
+    def _check_modes(self, parsed: argparse.Namespace) -> None:
+        for mode in self.use.modes:
+            given: list[Given] = parsed.given if mode.holds(parsed) else []
+            for item in given:
+                if item.field.path in mode.unused:
+                    raise ConfigError(unused_in(self.use, mode, item.field, item.origin))
 
 
 class _Collect(argparse.Action):
@@ -163,6 +194,18 @@ class _Refuse(argparse.Action):
         if self.nargs == 0:
             raw = "false" if option_string.startswith("--no-") else "true"
         refuse(self._entry, raw, f"flag {option_string}")
+
+
+class _Unused(argparse.Action):
+    """Ends with a sentence: the command has no use for the setting."""
+
+    def __init__(self, *, field: Field, **rest: Any) -> None:
+        own: dict[str, Any] = {**rest, "dest": "given"}
+        super().__init__(**own)
+        self._field = field
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        raise ConfigError(unused(parser.use, self._field, f"flag {option_string}"))
 
 
 class _HelpFormatter(argparse.HelpFormatter):

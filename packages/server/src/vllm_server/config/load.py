@@ -11,6 +11,7 @@ from typing import Any
 from vllm_traits import ConfigError
 
 from vllm_server.config.fields import Field, all_fields
+from vllm_server.config.names import sentence
 from vllm_server.config.schema import (
     AuthSettings,
     EngineSettings,
@@ -98,7 +99,7 @@ def _value(given: Given) -> Any:
         return convert(given.field, given.raw)
     except ValueError as error:
         shown = "" if given.field.secret else f" is {given.raw!r}, but"
-        raise ConfigError(f"{given.origin}{shown} {error}.") from None
+        raise ConfigError(sentence(f"{given.origin}{shown} {error}")) from None
 
 
 def _refuse_contradiction(given: Given, earlier: str) -> None:

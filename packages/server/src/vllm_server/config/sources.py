@@ -12,7 +12,7 @@ from typing import NamedTuple
 from vllm_traits import ConfigError
 
 from vllm_server.config.fields import Field, all_fields
-from vllm_server.config.names import nearest
+from vllm_server.config.names import nearest, sentence
 from vllm_server.config.unavailable import UNAVAILABLE, Unavailable
 
 PREFIX = "VLLM_LITE_"
@@ -41,7 +41,9 @@ def from_own_environment(environ: Mapping[str, str]) -> list[Given]:
     others = {*known, *refused, *_OF_KERNELS}
     for name in environ:
         if name.startswith(PREFIX) and name not in others:
-            raise ConfigError(f"Unknown environment variable {name}{nearest(name, known)}.")
+            raise ConfigError(
+                sentence(f"Unknown environment variable {name}{nearest(name, known)}")
+            )
     return [
         Given(field, environ[name], f"environment {name}")
         for name, field in known.items()
@@ -93,7 +95,8 @@ def from_yaml(path: Path) -> list[Given]:
             refuse(refused[dotted], entry.value, f"{entry.place} {dotted}")
         elif entry.section not in sections:
             hint = nearest(entry.section, sections)
-            raise ConfigError(f"{entry.place}: unknown section {entry.section!r}{hint}.")
+            raise ConfigError(sentence(f"{entry.place}: unknown section {entry.section!r}{hint}"))
         else:
-            raise ConfigError(f"{entry.place}: unknown key {dotted!r}{nearest(dotted, names)}.")
+            hint = nearest(dotted, names)
+            raise ConfigError(sentence(f"{entry.place}: unknown key {dotted!r}{hint}"))
     return given
