@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from vllm_models.runner import noise
+from vllm_models.runner import sample as sampling
 from vllm_models.runner.edits import Target, apply_edits, compile_edits
 from vllm_models.runner.rows import Row
 from vllm_models.runner.sample import NON_FINITE, NOTHING_ALLOWED, Sampled, sample
@@ -19,6 +20,13 @@ from vllm_traits import SamplingParams
 VOCAB_SIZE = 200
 EOS = frozenset({2})
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, params=["kernel", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernel where there is one, and as on other devices."""
+    if request.param == "torch":
+        monkeypatch.setattr(sampling, "library_for", lambda logits: None)
 
 
 class Table:

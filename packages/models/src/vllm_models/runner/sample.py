@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from vllm_traits import SamplingParams, TokenLogprobs
 
-from vllm_models.native.choose import NO_KEY, choose
-from vllm_models.native.library import Library, library_for
+from vllm_models.native.choose import GREEDY, Draw, choose
+from vllm_models.native.library import library_for
 from vllm_models.runner import noise
 from vllm_models.runner.edits import Target, apply_edits
 from vllm_models.runner.logprobs import describe
@@ -79,10 +79,10 @@ def code_of(best: float) -> str:
 def _draw(
     logits: Tensor, targets: Sequence[Target], params: Sequence[SamplingParams]
 ) -> tuple[list[float], list[int]]:
-    """Winning score and token of every row, each row by the cheapest way that is exact."""
+    """Winning score and token of every row."""
     library = library_for(logits)
     if library is not None:
-        return _draw_native(library, logits, targets, params)
+        return choose(library, logits, list(map(_how, targets, params)))
     best, token_ids = logits.max(-1)
     race = [i for i, p in enumerate(params) if p.temperature > 0]
     if race:
@@ -93,27 +93,10 @@ def _draw(
     return best.tolist(), token_ids.tolist()
 
 
-def _draw_native(
-    library: Library, logits: Tensor, targets: Sequence[Target], params: Sequence[SamplingParams]
-) -> tuple[list[float], list[int]]:
-    """The same, where whatever is not cut is one call of a kernel."""
-    cut = [i for i, p in enumerate(params) if p.temperature > 0 and _is_cut(p)]
-    whole = sorted(set(range(len(params))) - set(cut)) if cut else range(len(params))
-    best, token_ids = [0.0] * len(params), [0] * len(params)
-    if whole:
-        keys = [
-            noise.key(targets[i].row.seed, targets[i].length) if params[i].temperature else NO_KEY
-            for i in whole
-        ]
-        chosen = choose(library, logits, whole, [params[i].temperature for i in whole], keys)
-        for i, score, token in zip(whole, *chosen, strict=True):
-            best[i], token_ids[i] = score, token
-    if cut:
-        rows = logits[torch.tensor(cut, dtype=torch.int64)]
-        raced = _race(rows, [targets[i] for i in cut], [params[i] for i in cut])
-        for i, score, token in zip(cut, *(found.tolist() for found in raced), strict=True):
-            best[i], token_ids[i] = score, token
-    return best, token_ids
+def _how(target: Target, p: SamplingParams) -> Draw:
+    if p.temperature == 0:
+        return GREEDY
+    return Draw(p.temperature, p.top_k, p.top_p, p.min_p, noise.key(target.row.seed, target.length))
 
 
 def _is_cut(params: SamplingParams) -> bool:
