@@ -12,13 +12,18 @@ from vllm_models.components.experts import Experts
 from vllm_models.components.linear import Linear
 from vllm_models.components.moe import MixtureOfExperts, Routing
 from vllm_models.gguf.types import GgmlType
-from vllm_models.gpu import moe_matmul, moe_routing
+from vllm_models.gpu import moe_answers, moe_columns, moe_matmul, moe_routing
 from vllm_models.gpu.layout import numbers_of
 from vllm_models.gpu.moe_matmul import expert_matmul, plan_pairs
 from vllm_models.gpu.stacked import StackedExperts, stack_experts
 from vllm_models.kernels.silu_mul import silu_mul
 from vllm_models.quantization.blocks import Blocks
-from vllm_models.quantization.on_gpu import fp8_planes, grouped_planes
+from vllm_models.quantization.on_gpu import (
+    GpuWeight,
+    fp8_planes,
+    grouped_planes,
+    keep_on_gpu,
+)
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
@@ -184,8 +189,8 @@ def test_answers_are_added_by_their_weights(
 ) -> None:
     answers = numbers(num_tokens * num_chosen, width).to(device, dtype)
     weights = numbers(num_tokens, num_chosen).to(device)
-    got = moe_matmul.add_answers(answers, weights)
-    wanted = moe_matmul.reference_sum(answers, weights)
+    got = moe_answers.add_answers(answers, weights)
+    wanted = moe_answers.reference(answers, weights)
     assert got.dtype == dtype
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(got.float(), wanted, atol=tolerance, rtol=tolerance)
@@ -254,6 +259,15 @@ def make_experts(kind: str, count: int = 5) -> Experts:
     return experts
 
 
+def ask_each(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """What the experts answer, asked one by one."""
+    found = torch.zeros_like(x)
+    for token, choices in enumerate(chosen.tolist()):
+        for place, index in enumerate(choices):
+            found[token] += experts[index](x[token, None])[0] * weights[token, place]
+    return found
+
+
 @pytest.mark.parametrize(
     ("kind", "fixed_order"),
     [("plain", False), ("plain", True), ("blocks", False), ("two formats", True)],
@@ -264,10 +278,7 @@ def test_experts_at_once_answer_what_each_answers_alone(
     experts = make_experts(kind)
     x, chosen = numbers(2, WIDTH).to(experts[0].down.bias.device), some_chosen(2, 5, 2)
     chosen, weights = chosen.to(x.device), numbers(2, 2).to(x.device)
-    wanted = torch.zeros_like(x)
-    for token, choices in enumerate(chosen.tolist()):
-        for place, index in enumerate(choices):
-            wanted[token] += experts[index](x[token, None])[0] * weights[token, place]
+    wanted = ask_each(experts, x, weights, chosen)
     num_bytes = sum(parameter.nbytes for parameter in experts.parameters())
     experts.pack()
     assert experts.is_grouped
@@ -281,8 +292,75 @@ def test_experts_at_once_answer_what_each_answers_alone(
     assert len(memory) <= len(list(experts.parameters())) / len(experts)
 
 
-def test_experts_of_different_formats_are_asked_one_by_one(on_gpu: None) -> None:
-    experts = Experts([*make_experts("plain", 1), *make_experts("blocks", 1)])
+@pytest.mark.parametrize(("num_tokens", "fixed_order"), [(1, False), (3, True)])
+def test_experts_of_different_formats_answer_at_once(
+    on_gpu: None, num_tokens: int, fixed_order: bool
+) -> None:
+    first, second, third = (make_experts(kind, 2) for kind in ("blocks", "plain", "two formats"))
+    experts = Experts([first[0], second[0], third[0], second[1], first[1], third[1]])
+    device = experts[0].down.bias.device
+    chosen = some_chosen(num_tokens, 6, 3).to(device)
+    x, weights = numbers(num_tokens, WIDTH).to(device), numbers(num_tokens, 3).to(device)
+    wanted = ask_each(experts, x, weights, chosen)
+    experts.pack()
+    assert experts.is_grouped
+    for layer in (layer for layer in experts.modules() if isinstance(layer, Linear)):
+        layer.fixed_order = fixed_order
+    got = experts(x, weights, chosen)
+    torch.testing.assert_close(got, wanted, atol=2e-2, rtol=2e-2)
+    if fixed_order:
+        assert torch.equal(experts(x[:1], weights[:1], chosen[:1]), got[:1])
+
+
+def test_experts_with_an_order_of_columns_answer_at_once(on_gpu: None) -> None:
+    experts = make_experts("blocks", 3)
+    for own in (experts[0], experts[2]):
+        for layer in (own.gate_up, own.down):
+            order = torch.randperm(layer.in_features).to(layer.bias.device)
+            assert isinstance(layer.packed, GpuWeight)
+            segments = [segment._replace(order=order) for segment in layer.packed.segments]
+            keep_on_gpu(layer, segments, ())
+    device = experts[0].down.bias.device
+    chosen = torch.tensor([[0, 1], [2, 0]], dtype=torch.int32, device=device)
+    x, weights = numbers(2, WIDTH).to(device), numbers(2, 2).to(device)
+    wanted = ask_each(experts, x, weights, chosen)
+    experts.pack()
+    assert experts.is_grouped
+    torch.testing.assert_close(experts(x, weights, chosen), wanted, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize(("rows", "num_chosen", "columns"), [(3, 2, 33), (8, 1, 16), (1, 5, 2050)])
+def test_columns_stand_in_the_order_of_the_expert(
+    device: torch.device, rows: int, num_chosen: int, columns: int
+) -> None:
+    x, chosen = numbers(rows, columns).to(device), some_chosen(rows, 6, num_chosen).to(device)
+    orders = torch.stack([torch.randperm(columns) for _ in range(6)]).int().to(device)
+    got = moe_columns.order_columns(x, chosen, orders)
+    assert torch.equal(got, moe_columns.reference(x, chosen, orders))
+
+
+def test_pairs_of_no_expert_are_left_out(device: torch.device) -> None:
+    x, weight = numbers(3, 20).to(device), numbers(2, 7, 20).to(device)
+    chosen = torch.tensor([[0, -1], [-1, 1], [-1, -1]], dtype=torch.int32, device=device)
+    out = torch.full((6, 7), 5.0, device=device)
+    own = plan_pairs(chosen, 2, x.dtype, is_partial=True)
+    expert_matmul(x, [StackedExperts(7, 20, weight)], own, out=out)
+    wanted = torch.full((6, 7), 5.0, device=device)
+    wanted[0], wanted[3] = weight[0] @ x[0], weight[1] @ x[1]
+    torch.testing.assert_close(out, wanted)
+
+
+class Strange(nn.Module):
+    """Not two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Linear(WIDTH, WIDTH)
+        self.activate = silu_mul
+
+
+def test_experts_that_are_not_two_layers_are_asked_one_by_one(on_gpu: None) -> None:
+    experts = Experts([Strange(), Strange()])
     experts.pack()
     assert not experts.is_grouped
 

@@ -1,13 +1,14 @@
 """Experts that are held alike, so that kernels multiply the rows of all of them at once.
 
 An expert is two linear layers with an activation between them. The weights stay where each expert
-has them on a CPU; for a GPU they become parts of one tensor.
+has them on a CPU; for a GPU they become parts of one tensor, or of one for each format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 from vllm_models.components.linear import Dense, Linear
 from vllm_models.gpu.launch import kernels_for, serves
 from vllm_models.gpu.layout import Planes
-from vllm_models.gpu.stacked import StackedExperts, stack_experts
+from vllm_models.gpu.stacked import StackedExperts, stack_experts, stack_orders
 from vllm_models.native.experts import PackedExperts, add_answers, are_alike, sort_choices
 from vllm_models.native.packed import TYPES
+
+if TYPE_CHECKING:
+    from vllm_models.gpu.moe_matmul import Plan
 
 Activate = Callable[[Tensor], Tensor]
 
@@ -95,35 +99,88 @@ def _on_cpu(
     return _OnCpu(activate, PackedExperts(first), PackedExperts(second), *biases)
 
 
+class _Alike(NamedTuple):
+    """One layer of those experts that hold it in the same format.
+
+    Attributes:
+        weights: Of neighbouring rows of the layer, from its first to its last.
+        num_experts: How many these are.
+        bias: [these experts, outputs].
+        places: int32 [all experts], which of these every one is; -1 is none of them. Absent if all
+            experts are alike.
+    """
+
+    weights: list[StackedExperts]
+    num_experts: int
+    bias: Tensor | None
+    places: Tensor | None
+
+
 class _OnGpu(NamedTuple):
-    """Biases are [E, outputs]."""
+    """Both layers, by the formats in which experts hold them."""
 
     activate: Activate
     example: Linear  # says whether the order of sums is fixed
-    gate_up: list[StackedExperts]
-    down: list[StackedExperts]
-    gate_up_bias: Tensor | None
-    down_bias: Tensor | None
+    num_experts: int
+    gate_up: list[_Alike]
+    down: list[_Alike]
 
     def compute(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         gpu = kernels_for(x)
         assert gpu is not None, "stacked for kernels that are gone"
-        num_experts, fixed_order = len(self.down[0].weight), self.example.fixed_order
-        plan = gpu.plan_pairs(chosen, num_experts, x.dtype, fixed_order)
-        gate_up = gpu.expert_matmul(x, self.gate_up, plan, self.gate_up_bias)
-        inner = self.activate(gate_up)
-        answers = gpu.expert_matmul(inner, self.down, plan, self.down_bias)
-        return gpu.add_answers(answers, weights)
+        plan = gpu.plan_pairs(chosen, self.num_experts, x.dtype, self.example.fixed_order)
+        inner = self.activate(self._product(gpu, x, plan, self.gate_up))
+        return gpu.add_answers(self._product(gpu, inner, plan, self.down), weights)
+
+    def _product(self, gpu: ModuleType, x: Tensor, plan: Plan, formats: list[_Alike]) -> Tensor:
+        """One layer: a product for every format, of the pairs whose experts have it."""
+        if formats[0].places is None:
+            return gpu.expert_matmul(x, formats[0].weights, plan, formats[0].bias)
+        last = formats[0].weights[-1]
+        out = x.new_empty(plan.chosen.numel(), last.first + last.rows)
+        for weights, num_experts, bias, places in formats:
+            own = (places[plan.chosen.long()], num_experts, x.dtype, self.example.fixed_order)
+            gpu.expert_matmul(x, weights, gpu.plan_pairs(*own, is_partial=True), bias, out)
+        return out
 
 
 def _on_gpu(
     activate: Activate, gate_up: Sequence[Linear], down: Sequence[Linear]
 ) -> ExpertGroup | None:
-    first, second = _stack(gate_up), _stack(down)
+    first, second = _by_format(gate_up), _by_format(down)
     if first is None or second is None:
         return None
-    biases = (_stack_biases(gate_up), _stack_biases(down))
-    return _OnGpu(activate, down[0], first, second, *biases)
+    return _OnGpu(activate, down[0], len(down), first, second)
+
+
+def _by_format(layers: Sequence[Linear]) -> list[_Alike] | None:
+    """One layer of all experts; None if there are no kernels for it."""
+    formats = [_format(layer) for layer in layers]
+    if None in formats or len({(layer.out_features, layer.in_features) for layer in layers}) > 1:
+        return None
+    found: list[_Alike] = []
+    for kind in dict.fromkeys(formats):
+        members = [index for index, own in enumerate(formats) if own == kind]
+        alike = [layers[index] for index in members]
+        weights = _stack(alike)
+        if weights is None:
+            return None
+        places = None if len(members) == len(layers) else _places(members, len(layers), weights[0])
+        found.append(_Alike(weights, len(members), _stack_biases(alike), places))
+    return found
+
+
+def _places(members: Sequence[int], num_experts: int, near: StackedExperts) -> Tensor:
+    places = torch.full((num_experts,), -1, dtype=torch.int32)
+    places[list(members)] = torch.arange(len(members), dtype=torch.int32)
+    return places.to(near.weight.device)
+
+
+def _format(layer: Linear) -> Hashable | None:
+    """What layers have in common that can become one; None if no kernel multiplies them so."""
+    if isinstance(layer.packed, _InPlanes):
+        return tuple((s.rows.start, s.rows.stop, s.planes.layout) for s in layer.packed.segments)
+    return layer.weight.dtype if type(layer.method) is Dense else None
 
 
 class _Segment(Protocol):
@@ -146,13 +203,10 @@ class _InPlanes(Protocol):
 
 
 def _stack(layers: Sequence[Linear]) -> list[StackedExperts] | None:
-    """One layer of all experts, whose own weights become parts of it; None if they differ."""
-    packed = [layer.packed for layer in layers]
-    if all(isinstance(own, _InPlanes) for own in packed):
-        return _stack_planes([own for own in packed if isinstance(own, _InPlanes)])
-    shapes = {(layer.out_features, layer.in_features) for layer in layers}
-    if not all(type(layer.method) is Dense for layer in layers) or len(shapes) > 1:
-        return None
+    """Layers of one format, whose own weights become parts of the whole; None if they differ."""
+    packed = [layer.packed for layer in layers if isinstance(layer.packed, _InPlanes)]
+    if packed:
+        return _stack_planes(packed)
     whole = torch.stack([layer.weight for layer in layers])
     for layer, weight in zip(layers, whole, strict=True):
         layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -160,16 +214,14 @@ def _stack(layers: Sequence[Linear]) -> list[StackedExperts] | None:
 
 
 def _stack_planes(packed: Sequence[_InPlanes]) -> list[StackedExperts] | None:
-    rows = {tuple((s.rows.start, s.rows.stop) for s in own.segments) for own in packed}
-    is_ordered = any(segment.order is not None for own in packed for segment in own.segments)
-    if len(rows) > 1 or is_ordered:
-        return None
     found: list[tuple[StackedExperts, list[Planes]]] = []
     for segments in zip(*(own.segments for own in packed), strict=True):
         stacked = stack_experts([segment.planes for segment in segments], segments[0].rows.start)
         if stacked is None:
             return None
-        found.append(stacked)
+        whole, parts = stacked
+        orders = stack_orders([segment.order for segment in segments], whole.columns)
+        found.append((whole._replace(orders=orders), parts))
     for own, planes in zip(packed, zip(*(parts for _, parts in found), strict=True), strict=True):
         own.move(planes)
     return [stacked for stacked, _ in found]

@@ -56,32 +56,29 @@ def _bisect(source, size, low, high, target, best, temperature, is_counted, CHUN
 
 
 @triton.jit
-def threshold_of(
-    source,
-    size,
-    low,
-    high,
-    missing,
-    best,
-    temperature,
-    top_p,
-    is_counted,
-    CHUNK: tl.constexpr,
-):
+def threshold_of(source, size, bracket, above, limits, CHUNK: tl.constexpr):
     """The threshold of top-k, top-p, or top-p of what top-k leaves.
 
-    `missing` is the target less what is above everything in the source.
+    Args:
+        source: Logits.
+        size: How many.
+        bracket: Where the threshold is, see `brackets`.
+        above: What is above everything in the source.
+        limits: Of the row, see there.
+        CHUNK: Logits looked at together.
     """
+    low, high, _high_above, _least, best, target = bracket
+    temperature, _top_k, top_p, is_counted = limits
     scale = tl.where(is_counted, 1.0, _FIXED * 1.0)
-    target = (missing * scale).to(tl.int64)
+    missing = ((target - above) * scale).to(tl.int64)
     found = _bisect(
-        source, size, _ordered(low), _ordered(high), target, best, temperature, is_counted, CHUNK
+        source, size, _ordered(low), _ordered(high), missing, best, temperature, is_counted, CHUNK
     )
     if is_counted & (top_p < 1):
         below = found - 1
         mass = _above(source, size, _float_of(below), best, temperature, False, CHUNK)
-        target = (mass.to(tl.float32) * top_p).to(tl.int64)
+        missing = (mass.to(tl.float32) * top_p).to(tl.int64)
         found = _bisect(
-            source, size, below, _ordered(best), target, best, temperature, False, CHUNK
+            source, size, below, _ordered(best), missing, best, temperature, False, CHUNK
         )
     return _float_of(found)

@@ -22,6 +22,7 @@ from vllm_models.gpu.dot import add_dot
 from vllm_models.gpu.grouped_matmul import grouped_matmul
 from vllm_models.gpu.launch import Variant
 from vllm_models.gpu.layout import Planes, numbers_of
+from vllm_models.gpu.tiles import load_tiles, store_tile, tile_pointers
 
 _LARGEST = 448.0  # of e4m3
 _FEW_ROWS = 16
@@ -160,24 +161,15 @@ def _groups_kernel(
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row, is_x_row = rows < num_rows, x_rows < num_x_rows
     num_groups = tl.cdiv(columns, GROUP)
-    column = tl.arange(0, GROUP)
-    x_place = codes + x_rows[None, :].to(tl.int64) * columns + column[:, None]  # [K, M]
-    weight_place = weight + rows[:, None].to(tl.int64) * columns + column[None, :]  # [N, K]
+    pointers = tile_pointers(codes, x_rows, weight, rows, columns, GROUP)
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for group in range(num_groups):
-        first = group * GROUP
-        there = first + column < columns
-        some = tl.load(weight_place + first, mask=is_row[:, None] & there[None, :], other=0.0)
-        x_some = tl.load(x_place + first, mask=is_x_row[None, :] & there[:, None], other=0.0)
+        x_some, some = load_tiles(pointers, group * GROUP, columns, is_x_row, is_row, GROUP)
         scale = tl.load(scales + group * num_rows + rows, mask=is_row, other=0.0)
         x_scale = tl.load(x_scales + x_rows * num_groups + group, mask=is_x_row, other=0.0)
         products = add_dot(tl.zeros((BLOCK_N, BLOCK_M), tl.float32), some, x_some)
         sums += products * (scale[:, None] * x_scale[None, :])
-    if bias is not None:
-        sums += tl.load(bias + rows, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    place = x_rows[None, :].to(tl.int64) * out_stride + rows[:, None]
-    there = is_row[:, None] & is_x_row[None, :]
-    tl.store(out + place, sums.to(out.dtype.element_ty), mask=there)
+    store_tile(out, sums, bias, x_rows, is_x_row, rows, is_row, out_stride)
 
 
 def matmul_groups(

@@ -22,8 +22,9 @@ from torch import Tensor
 from vllm_models.gpu.grouped_rows import dequantize
 from vllm_models.gpu.launch import Variant
 from vllm_models.gpu.layout import Layout, Planes, numbers_of
-from vllm_models.gpu.planes import add_products, group_scales, load_block, weight_run
+from vllm_models.gpu.planes import add_products, row_products
 from vllm_models.gpu.splits import add_splits, num_splits
+from vllm_models.gpu.tiles import store_tile
 
 _MANY_ROWS = 2048  # from which on the library multiplies
 _SCRATCH_ELEMENTS = 1 << 27  # of a weight that is written out as numbers
@@ -105,50 +106,6 @@ def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-@triton.jit
-def row_products(
-    x,
-    low,
-    high,
-    scales,
-    offsets,
-    factors,
-    offset_factors,
-    table,
-    rows,
-    is_row,
-    num_rows,
-    columns,
-    first_block,
-    last_block,
-    LAYOUT: tl.constexpr,
-):
-    """[N] float32: products with the only row of x."""
-    RUN: tl.constexpr = LAYOUT.run
-    sums = tl.zeros((rows.shape[0], RUN), tl.float32)
-    for block in range(first_block, last_block):
-        units, high_units, factor, offset_factor = load_block(
-            *(low, high, factors, offset_factors, rows, is_row, num_rows, columns, block), LAYOUT
-        )
-        for j in tl.static_range(8):
-            first = block * (8 * RUN) + j * RUN
-            if j % LAYOUT.runs_per_group == 0:
-                scale, added = group_scales(
-                    *(scales, offsets, factor, offset_factor),
-                    *(rows, is_row, num_rows, columns, first),
-                    LAYOUT,
-                )
-            weight = weight_run(
-                *(units, high_units, low, table, scale, added, rows, is_row, columns, first),
-                j,
-                LAYOUT,
-            )
-            column = first + tl.arange(0, RUN)
-            some = tl.load(x + column, mask=column < columns, other=0.0).to(tl.float32)
-            sums += weight * some[None, :]
-    return tl.sum(sums, 1)
-
-
 @triton.jit(do_not_specialize=["num_x_rows", "num_rows", "blocks_per_split"])
 def _matmul_kernel(
     out,
@@ -174,27 +131,22 @@ def _matmul_kernel(
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     is_row, is_x_row = rows < num_rows, x_rows < num_x_rows
-    num_blocks = tl.cdiv(columns, 8 * LAYOUT.run)
+    weight = (
+        (low, high, table),
+        (scales, offsets, factors, offset_factors),
+        (num_rows, columns),
+    )
     first_block = split * blocks_per_split
-    last_block = tl.minimum(first_block + blocks_per_split, num_blocks)
+    last_block = tl.minimum(first_block + blocks_per_split, tl.cdiv(columns, 8 * LAYOUT.run))
     if BLOCK_M == 1:
-        sums = row_products(
-            *(x, low, high, scales, offsets, factors, offset_factors, table),
-            *(rows, is_row, num_rows, columns, first_block, last_block),
-            LAYOUT,
-        )[:, None]
+        sums = row_products(x, weight, rows, is_row, first_block, last_block, LAYOUT)[:, None]
     else:
+        sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         sums = add_products(
-            tl.zeros((BLOCK_N, BLOCK_M), tl.float32),
-            *(x, x_rows, is_x_row, low, high, scales, offsets, factors, offset_factors, table),
-            *(rows, is_row, num_rows, columns, first_block, last_block),
-            LAYOUT,
+            *(sums, x, x_rows, is_x_row, weight, rows, is_row, first_block, last_block), LAYOUT
         )
-    if bias is not None:
-        sums += tl.load(bias + rows, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    place = (split * num_x_rows + x_rows[None, :]).to(tl.int64) * out_stride + rows[:, None]
-    there = is_row[:, None] & is_x_row[None, :]
-    tl.store(out + place, sums.to(out.dtype.element_ty), mask=there)
+    out_rows = split * num_x_rows + x_rows
+    store_tile(out, sums, bias, out_rows, is_x_row, rows, is_row, out_stride)
 
 
 def grouped_matmul(

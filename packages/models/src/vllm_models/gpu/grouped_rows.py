@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_models.gpu.launch import Variant
 from vllm_models.gpu.layout import Layout, Planes, numbers_of
-from vllm_models.gpu.planes import group_scales, load_block, weight_run
+from vllm_models.gpu.planes import load_block, weight_run
 
 _BLOCK = 16
 
@@ -35,7 +35,6 @@ def _rows_kernel(
     LAYOUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    RUN: tl.constexpr = LAYOUT.run
     block = tl.program_id(1)
     out_rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = out_rows < num_out_rows
@@ -43,24 +42,21 @@ def _rows_kernel(
         rows = first_row + out_rows
     else:
         rows = tl.load(row_ids + out_rows, mask=is_row, other=0)
-    units, high_units, factor, offset_factor = load_block(
-        *(low, high, factors, offset_factors, rows, is_row, num_rows, columns, block), LAYOUT
+    weight = (
+        (low, high, table),
+        (scales, offsets, factors, offset_factors),
+        (num_rows, columns),
     )
+    units, own_factors = load_block(weight, rows, is_row, block, LAYOUT)
+    own_scales = own_factors
     for j in tl.static_range(8):
-        first = block * (8 * RUN) + j * RUN
-        if j % LAYOUT.runs_per_group == 0:
-            scale, added = group_scales(
-                *(scales, offsets, factor, offset_factor),
-                *(rows, is_row, num_rows, columns, first),
-                LAYOUT,
-            )
-        weight = weight_run(
-            *(units, high_units, low, table, scale, added, rows, is_row, columns, first), j, LAYOUT
+        first, numbers, own_scales = weight_run(
+            weight, block, units, own_factors, own_scales, rows, is_row, j, LAYOUT
         )
-        column = first + tl.arange(0, RUN)[None, :]
+        column = first + tl.arange(0, LAYOUT.run)[None, :]
         place = out_rows[:, None].to(tl.int64) * columns + column
         there = is_row[:, None] & (column < columns)
-        tl.store(out + place, weight.to(out.dtype.element_ty), mask=there)
+        tl.store(out + place, numbers.to(out.dtype.element_ty), mask=there)
 
 
 def dequantize(planes: Planes, rows: slice, dtype: torch.dtype) -> Tensor:

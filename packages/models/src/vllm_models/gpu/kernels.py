@@ -6,7 +6,8 @@ from vllm_models.gpu.grouped_matmul import grouped_matmul
 from vllm_models.gpu.grouped_rows import dequantize, gather_rows
 from vllm_models.gpu.kv_write import kv_write
 from vllm_models.gpu.matmul import dense_matmul
-from vllm_models.gpu.moe_matmul import add_answers, expert_matmul, plan_pairs
+from vllm_models.gpu.moe_answers import add_answers
+from vllm_models.gpu.moe_matmul import expert_matmul, plan_pairs
 from vllm_models.gpu.moe_routing import choose_experts
 from vllm_models.gpu.paged_attention import paged_attention
 from vllm_models.gpu.rms_norm import add_rms_norm, rms_norm

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_models.gpu.dot import add_dot
 from vllm_models.gpu.launch import Variant
 from vllm_models.gpu.splits import add_splits, num_splits
+from vllm_models.gpu.tiles import dense_products, store_tile
 
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 64, 64, 64  # of tiles
 _FEW_ROWS = 8
@@ -78,21 +78,13 @@ def _tiles_kernel(
     split = tl.program_id(2)
     is_row, is_x_row = rows < num_rows, x_rows < num_x_rows
     last = tl.minimum((split + 1) * split_blocks, tl.cdiv(columns, BLOCK_K))
-    column = tl.arange(0, BLOCK_K)
-    x_place = x + x_rows[None, :].to(tl.int64) * columns + column[:, None]  # [K, M]
-    weight_place = weight + rows[:, None].to(tl.int64) * columns + column[None, :]  # [N, K]
-    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for block in range(split * split_blocks, last):
-        first = block * BLOCK_K
-        there = first + column < columns
-        some = tl.load(weight_place + first, mask=is_row[:, None] & there[None, :], other=0.0)
-        x_some = tl.load(x_place + first, mask=is_x_row[None, :] & there[:, None], other=0.0)
-        sums = add_dot(sums, some, x_some)
-    if bias is not None:
-        sums += tl.load(bias + rows, mask=is_row, other=0.0).to(tl.float32)[:, None]
-    place = (split * num_x_rows + x_rows[None, :]).to(tl.int64) * num_rows + rows[:, None]
-    there = is_row[:, None] & is_x_row[None, :]
-    tl.store(out + place, sums.to(out.dtype.element_ty), mask=there)
+    sums = dense_products(
+        tl.zeros((BLOCK_N, BLOCK_M), tl.float32),
+        *(x, x_rows, is_x_row, weight, rows, is_row, columns, split * split_blocks, last),
+        BLOCK_K,
+    )
+    out_rows = split * num_x_rows + x_rows
+    store_tile(out, sums, bias, out_rows, is_x_row, rows, is_row, num_rows)
 
 
 def matmul_tiles(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

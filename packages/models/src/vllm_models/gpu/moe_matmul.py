@@ -3,10 +3,9 @@
     x [T, K] or [P, K], weights [E, N, K], bias [E, N] -> y [P, N],  P = T * k pairs
     y[p] = x[p // (P / rows of x)] W[expert of p]^T + bias[expert of p]
 
-`add_answers` then adds the k rows of a token by their weights, in the order of its choices. Weights
-are plain or the planes of `layout.Planes`, all experts' behind one another. Few pairs are computed
-one by one, more of them in blocks that share an expert (`moe_routing.sort_pairs`); grids are for
-the most blocks there could be, and those that are not used end at once.
+Weights are plain or the planes of `layout.Planes`, all experts' behind one another. Few pairs are
+computed one by one, more of them in blocks that share an expert (`moe_routing.sort_pairs`); grids
+are for the most blocks there could be, and those that are not used end at once.
 """
 
 from __future__ import annotations
@@ -16,21 +15,18 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from vllm_models.gpu.dot import add_dot
-from vllm_models.gpu.grouped_matmul import row_products
 from vllm_models.gpu.launch import Variant
 from vllm_models.gpu.layout import Layout
+from vllm_models.gpu.moe_columns import order_columns
+from vllm_models.gpu.moe_kernels import blocks_kernel, pair_kernel
 from vllm_models.gpu.moe_routing import Places, sort_pairs
-from vllm_models.gpu.planes import add_products
 from vllm_models.gpu.stacked import StackedExperts
 
 _FEW_PAIRS = 64
 _BLOCK_K = 64  # of tiles
 _PAIR_N, _PAIR_K = 16, 256  # of one pair
-_TILE = 1024
 
 
 class Form(NamedTuple):
@@ -75,163 +71,6 @@ def _num_stages(layout: Layout | None, dtype: torch.dtype) -> int:
     return 3 if layout is None and dtype.itemsize == 2 else 2
 
 
-@triton.jit
-def _at(tensor, expert, stride):
-    """Where an expert's part of a tensor begins. Triton 3.6 returns no None, so callers ask whether
-    there is a tensor.
-    """
-    return tensor + expert.to(tl.int64) * stride
-
-
-@triton.jit
-def _pair_kernel(
-    out,
-    x,
-    chosen,
-    bias,
-    low,
-    high,
-    scales,
-    offsets,
-    factors,
-    offset_factors,
-    table,
-    low_stride,
-    high_stride,
-    scales_stride,
-    offsets_stride,
-    factors_stride,
-    offset_factors_stride,
-    pairs_per_row,
-    num_rows,
-    columns,
-    bias_stride,
-    out_stride,
-    LAYOUT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    pair = tl.program_id(1)
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_row = rows < num_rows
-    expert = tl.load(chosen + pair)
-    row = x + (pair // pairs_per_row).to(tl.int64) * columns
-    if LAYOUT is None:
-        weight = _at(low, expert, low_stride) + rows[:, None].to(tl.int64) * columns
-        products = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for first in range(0, columns, BLOCK_K):
-            column = first + tl.arange(0, BLOCK_K)
-            there = column < columns
-            some = tl.load(
-                weight + column[None, :], mask=is_row[:, None] & there[None, :], other=0.0
-            )
-            x_some = tl.load(row + column, mask=there, other=0.0).to(tl.float32)
-            products += some.to(tl.float32) * x_some[None, :]
-        sums = tl.sum(products, 1)
-    else:
-        sums = row_products(
-            row,
-            _at(low, expert, low_stride),
-            high if high is None else _at(high, expert, high_stride),
-            scales if scales is None else _at(scales, expert, scales_stride),
-            offsets if offsets is None else _at(offsets, expert, offsets_stride),
-            factors if factors is None else _at(factors, expert, factors_stride),
-            offset_factors
-            if offset_factors is None
-            else _at(offset_factors, expert, offset_factors_stride),
-            *(table, rows, is_row, num_rows, columns, 0, tl.cdiv(columns, 8 * LAYOUT.run)),
-            LAYOUT,
-        )
-    if bias is not None:
-        own_bias = _at(bias, expert, bias_stride)
-        sums += tl.load(own_bias + rows, mask=is_row, other=0.0).to(tl.float32)
-    place = pair.to(tl.int64) * out_stride + rows
-    tl.store(out + place, sums.to(out.dtype.element_ty), mask=is_row)
-
-
-@triton.jit
-def _dense_products(
-    sums, x, x_rows, is_x_row, weight, rows, is_row, columns, BLOCK_K: tl.constexpr
-):
-    """sums [N, M] + weight[rows] x[x_rows]^T."""
-    column = tl.arange(0, BLOCK_K)
-    x_place = x + x_rows[None, :].to(tl.int64) * columns + column[:, None]  # [K, M]
-    weight_place = weight + rows[:, None].to(tl.int64) * columns + column[None, :]  # [N, K]
-    for first in range(0, columns, BLOCK_K):
-        there = first + column < columns
-        some = tl.load(weight_place + first, mask=is_row[:, None] & there[None, :], other=0.0)
-        x_some = tl.load(x_place + first, mask=is_x_row[None, :] & there[:, None], other=0.0)
-        sums = add_dot(sums, some, x_some)
-    return sums
-
-
-@triton.jit(do_not_specialize=["num_pairs"])
-def _blocks_kernel(
-    out,
-    x,
-    pairs,
-    block_experts,
-    num_blocks,
-    bias,
-    low,
-    high,
-    scales,
-    offsets,
-    factors,
-    offset_factors,
-    table,
-    low_stride,
-    high_stride,
-    scales_stride,
-    offsets_stride,
-    factors_stride,
-    offset_factors_stride,
-    num_pairs,
-    pairs_per_row,
-    num_rows,
-    columns,
-    bias_stride,
-    out_stride,
-    LAYOUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    block = tl.program_id(1)
-    if block < tl.load(num_blocks):
-        expert = tl.load(block_experts + block)
-        pair = tl.load(pairs + block * BLOCK_M + tl.arange(0, BLOCK_M))
-        is_pair = pair < num_pairs
-        rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        is_row = rows < num_rows
-        sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        if LAYOUT is None:
-            weight = _at(low, expert, low_stride)
-            sums = _dense_products(
-                *(sums, x, pair // pairs_per_row, is_pair, weight, rows, is_row, columns), BLOCK_K
-            )
-        else:
-            sums = add_products(
-                *(sums, x, pair // pairs_per_row, is_pair),
-                _at(low, expert, low_stride),
-                high if high is None else _at(high, expert, high_stride),
-                scales if scales is None else _at(scales, expert, scales_stride),
-                offsets if offsets is None else _at(offsets, expert, offsets_stride),
-                factors if factors is None else _at(factors, expert, factors_stride),
-                offset_factors
-                if offset_factors is None
-                else _at(offset_factors, expert, offset_factors_stride),
-                *(table, rows, is_row, num_rows, columns, 0, tl.cdiv(columns, 8 * LAYOUT.run)),
-                LAYOUT,
-            )
-        if bias is not None:
-            own_bias = _at(bias, expert, bias_stride)
-            sums += tl.load(own_bias + rows, mask=is_row, other=0.0).to(tl.float32)[:, None]
-        place = pair[None, :].to(tl.int64) * out_stride + rows[:, None]
-        there = is_row[:, None] & is_pair[None, :]
-        tl.store(out + place, sums.to(out.dtype.element_ty), mask=there)
-
-
 class Plan(NamedTuple):
     """How the pairs of one step are computed; the same for both layers of the experts.
 
@@ -247,7 +86,11 @@ class Plan(NamedTuple):
 
 
 def plan_pairs(
-    chosen: Tensor, num_experts: int, dtype: torch.dtype, fixed_order: bool = False
+    chosen: Tensor,
+    num_experts: int,
+    dtype: torch.dtype,
+    fixed_order: bool = False,
+    is_partial: bool = False,
 ) -> Plan:
     """Sort the pairs by expert if there are many.
 
@@ -257,16 +100,23 @@ def plan_pairs(
         dtype: Of x.
         fixed_order: A token's result does not depend on the other tokens, nor on how many there
             are.
+        is_partial: Experts may be below 0, whose pairs are left out.
     """
     chosen = chosen.contiguous()
     form = form_for(chosen.numel(), num_experts, dtype, fixed_order)
+    if form is None and is_partial:
+        form = _FORMS[0]
     is_sorted = form is not None and chosen.numel() > 0
     places = sort_pairs(chosen, num_experts, form.block_m) if form and is_sorted else None
     return Plan(chosen, form, places)
 
 
 def expert_matmul(
-    x: Tensor, weights: Sequence[StackedExperts], plan: Plan, bias: Tensor | None = None
+    x: Tensor,
+    weights: Sequence[StackedExperts],
+    plan: Plan,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Rows of x by the transposed weight of their expert, in x's element type: [T * k, N].
 
@@ -275,14 +125,17 @@ def expert_matmul(
         weights: Of neighbouring rows of the layer, from its first to its last.
         plan: Which expert computes which pair.
         bias: [E, N], any floats.
+        out: [T * k, N] to write to; pairs that are left out stay as they are.
     """
     x = x.contiguous()
     num_pairs = plan.chosen.numel()
     num_rows = weights[-1].first + weights[-1].rows
-    out = torch.empty((num_pairs, num_rows), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((num_pairs, num_rows), dtype=x.dtype, device=x.device)
     for some in weights if num_pairs else ():
+        own_x = x if some.orders is None else order_columns(x, plan.chosen, some.orders)
         own_bias = None if bias is None else bias[:, some.first : some.first + some.rows]
-        _launch(out[:, some.first :], x, some, plan, own_bias)
+        _launch(out[:, some.first :], own_x, some, plan, own_bias)
     return out
 
 
@@ -291,7 +144,7 @@ def _launch(out: Tensor, x: Tensor, some: StackedExperts, plan: Plan, bias: Tens
     bias_stride = 0 if bias is None else bias.stride(0)
     sizes = (num_pairs // len(x), some.rows, some.columns, bias_stride, out.stride(0))
     if plan.form is None or plan.places is None:
-        _pair_kernel[(triton.cdiv(some.rows, _PAIR_N), num_pairs)](
+        pair_kernel[(triton.cdiv(some.rows, _PAIR_N), num_pairs)](
             *(out, x, plan.chosen, bias, *some.tensors, *sizes),
             LAYOUT=some.layout,
             BLOCK_N=_PAIR_N,
@@ -299,7 +152,7 @@ def _launch(out: Tensor, x: Tensor, some: StackedExperts, plan: Plan, bias: Tens
         )
         return
     form, places = plan.form, plan.places
-    _blocks_kernel[(triton.cdiv(some.rows, form.block_n), len(places.experts))](
+    blocks_kernel[(triton.cdiv(some.rows, form.block_n), len(places.experts))](
         *(out, x, places.pairs, places.experts, places.num_blocks, bias, *some.tensors),
         *(num_pairs, *sizes),
         LAYOUT=some.layout,
@@ -311,48 +164,12 @@ def _launch(out: Tensor, x: Tensor, some: StackedExperts, plan: Plan, bias: Tens
     )
 
 
-@triton.jit
-def _add_kernel(out, answers, weights, num_chosen, width, TILE: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    there = column < width
-    sums = tl.zeros((TILE,), tl.float32)
-    for i in range(num_chosen):
-        pair = token * num_chosen + i
-        answer = tl.load(answers + pair * width + column, mask=there, other=0.0).to(tl.float32)
-        sums += answer * tl.load(weights + pair).to(tl.float32)
-    tl.store(out + token * width + column, sums.to(out.dtype.element_ty), mask=there)
-
-
-def add_answers(answers: Tensor, weights: Tensor) -> Tensor:
-    """Each token's answers by their weights, in float32 and in the order of its choices: [T, M].
-
-    Args:
-        answers: [T * k, M], contiguous.
-        weights: [T, k], any floats.
-    """
-    (num_tokens, num_chosen), width = weights.shape, answers.shape[1]
-    out = torch.empty((num_tokens, width), dtype=answers.dtype, device=answers.device)
-    if num_tokens > 0:
-        tile = min(_TILE, triton.next_power_of_2(width))
-        _add_kernel[(num_tokens, triton.cdiv(width, tile))](
-            out, answers, weights.contiguous(), num_chosen, width, TILE=tile
-        )
-    return out
-
-
 def reference(x: Tensor, weight: Tensor, chosen: Tensor, bias: Tensor | None = None) -> Tensor:
     """`expert_matmul` of numbers [E, N, K], in float32."""
     experts = chosen.flatten().long()
     rows = x.float().repeat_interleave(len(experts) // len(x), 0)
     found = torch.einsum("pk,pnk->pn", rows, weight.float()[experts])
     return (found if bias is None else found + bias.float()[experts]).to(x.dtype)
-
-
-def reference_sum(answers: Tensor, weights: Tensor) -> Tensor:
-    """`add_answers`."""
-    answers = answers.float().unflatten(0, weights.shape) * weights.float()[..., None]
-    return answers.sum(1)
 
 
 _PLANES = ("high", "scales", "offsets", "factors", "offset_factors", "table")
@@ -387,7 +204,7 @@ def variants() -> tuple[Variant, ...]:
         pair = {**constants, "BLOCK_N": _PAIR_N, "BLOCK_K": _PAIR_K}
         name = kind.replace(" ", "-")
         of_pair = {**signature, "chosen": "*i32"}
-        found.append(Variant(f"moe_matmul-{name}-pair", _pair_kernel, of_pair, pair))
+        found.append(Variant(f"moe_matmul-{name}-pair", pair_kernel, of_pair, pair))
         of_blocks = {**signature, "num_pairs": "i32"}
         of_blocks |= dict.fromkeys(("pairs", "block_experts", "num_blocks"), "*i32")
         for form in _FORMS:
@@ -395,11 +212,8 @@ def variants() -> tuple[Variant, ...]:
             found.append(
                 Variant(
                     f"moe_matmul-{name}-{form.block_m}",
-                    *(_blocks_kernel, of_blocks, constants | blocks),
+                    *(blocks_kernel, of_blocks, constants | blocks),
                     *(form.num_warps, _num_stages(layout, torch.bfloat16)),
                 )
             )
-    answers = {"out": "*bf16", "answers": "*bf16", "weights": "*fp32"}
-    answers |= dict.fromkeys(("num_chosen", "width"), "i32")
-    found.append(Variant("moe_matmul-sum", _add_kernel, answers, {"TILE": _TILE}))
     return tuple(found)

@@ -167,7 +167,8 @@ def sort_pairs(chosen: Tensor, num_experts: int, block_size: int) -> Places:
     """Sort by expert.
 
     Args:
-        chosen: [T, k] int32 or int64, contiguous, with at least one token; all below num_experts.
+        chosen: [T, k] int32 or int64, contiguous, with at least one token; all below num_experts,
+            and nobody's if below 0.
         num_experts: At most a few hundred.
         block_size: A power of two.
     """

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -22,20 +23,16 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_models.gpu.launch import Variant
-from vllm_models.gpu.paged_chunks import (
-    ITEM,
-    base_for,
-    chunk_start,
-    most_chunks,
-)
-from vllm_models.gpu.paged_shapes import POOLS, SHAPES, Shape, sizes
+from vllm_models.gpu.paged_chunks import ITEM, base_for, chunk_start, most_chunks
+from vllm_models.gpu.paged_kv import as_stored, store_head
+from vllm_models.gpu.paged_shapes import POOLS, SHAPES, Head, Shape, Sizes, sizes
 from vllm_models.gpu.paged_tile import (
     Scoring,
-    as_stored,
     attend_tile,
-    load_part,
-    store_part,
-    with_sink,
+    load_queries,
+    no_sums,
+    rows_of,
+    store_answers,
 )
 from vllm_models.gpu.spans import Chunks, GpuSpans
 
@@ -45,11 +42,24 @@ _MAX_WARPS = 8  # on a multiprocessor: with 255 registers each
 
 
 @triton.jit
-def _rows_of(start, queries, part, GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr):
-    """Query and head of the group of every row, and which rows are there."""
-    row = tl.arange(0, ROWS)
-    query, head = row // HEADS, part * HEADS + row % HEADS
-    return start + query, head, query, (query < queries) & (head < GROUP)
+def _bounds(chunk, length, queries, window, BASE: tl.constexpr, SIZES: tl.constexpr):
+    """First position of a chunk that some query sees, and the end of the chunk."""
+    first = chunk_start(chunk, BASE)
+    if SIZES.has_window:
+        seen = tl.maximum(length - queries + 1 - window, 0)
+        first = tl.maximum(first, seen // SIZES.tile * SIZES.tile)
+    return first, tl.minimum(chunk_start(chunk + 1, BASE), length)
+
+
+@triton.jit
+def _store_partials(partials, sums, attended, work, there, SIZES: tl.constexpr):
+    """Leave what the rows of an item have attended to for `_reduce_kernel`."""
+    VALUES: tl.constexpr = SIZES.values
+    acc, rest, largest, total = attended
+    places = tl.arange(0, SIZES.rows) + work * tl.full([1], SIZES.rows, dtype=tl.int64)
+    store_head(partials, places, there, acc, rest, VALUES)
+    tl.store(sums + 2 * places, largest, mask=there)
+    tl.store(sums + 2 * places + 1, total, mask=there)
 
 
 @triton.jit
@@ -71,151 +81,67 @@ def _decode_kernel(
     window,
     q_stride,
     table_stride,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    IS_SHARED: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_STRIDE: tl.constexpr,
-    VALUE_MAIN: tl.constexpr,
-    VALUE_REST: tl.constexpr,
+    SIZES: tl.constexpr,
     BASE: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    total_work = tl.load(count) * (NUM_KV_HEADS * PARTS)
-    for work in range(tl.program_id(0), total_work, tl.num_programs(0)):
-        item = items + (work // (NUM_KV_HEADS * PARTS)) * ITEM
-        kv_head, part = work % (NUM_KV_HEADS * PARTS) // PARTS, work % PARTS
+    PAIRS: tl.constexpr = SIZES.num_kv_heads * SIZES.parts
+    VALUES: tl.constexpr = SIZES.values
+    for work in range(tl.program_id(0), tl.load(count) * PAIRS, tl.num_programs(0)):
+        item = items + (work // PAIRS) * ITEM
+        kv_head, part = work % PAIRS // SIZES.parts, work % SIZES.parts
         start, queries, row = tl.load(item), tl.load(item + 1), tl.load(item + 2)
         length, chunk, is_only = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
-        token, head, query, there = _rows_of(start, queries, part, GROUP, HEADS, ROWS)
-        place = token.to(tl.int64) * q_stride + (kv_head * GROUP + head) * DIM
-        q_main = load_part(q, place, there, 1, 0, MAIN, DIM, True)
-        q_rest = q_main
-        if REST > 0:
-            q_rest = load_part(q, place, there, 1, MAIN, REST, DIM, True)
+        query, heads, there = rows_of(0, queries, kv_head, part, SIZES.rows, SIZES)
+        q_parts = load_queries(q, start + query, q_stride, heads, there, SIZES)
         high = length - queries + query + 1
-        low = high - window
-        first = chunk_start(chunk, BASE)
-        end = tl.minimum(chunk_start(chunk + 1, BASE), length)
-        if HAS_WINDOW:
-            seen = tl.maximum(length - queries + 1 - window, 0)
-            first = tl.maximum(first, seen // TILE * TILE)
+        first, end = _bounds(chunk, length, queries, window, BASE, SIZES)
         table = tables + row.to(tl.int64) * table_stride
-        acc = tl.zeros([ROWS, VALUE_MAIN], dtype=tl.float32)
-        acc_rest = tl.zeros([ROWS, VALUE_REST if VALUE_REST > 0 else 1], dtype=tl.float32)
-        largest = tl.full([ROWS], -1.0e30, dtype=tl.float32)
-        total = tl.zeros([ROWS], dtype=tl.float32)
-        for position in tl.range(first, end, TILE, num_stages=STAGES):
-            acc, acc_rest, largest, total = attend_tile(
-                acc,
-                acc_rest,
-                largest,
-                total,
-                q_main,
-                q_rest,
-                keys,
-                key_scales,
-                values,
-                value_scales,
-                table,
-                position,
-                end,
-                low,
-                high,
-                kv_head,
-                scale,
-                soft_cap,
-                HAS_WINDOW,
-                HAS_CAP,
-                IS_SHARED,
-                NUM_KV_HEADS,
-                BLOCK_SIZE,
-                DIM,
-                MAIN,
-                REST,
-                VALUE_DIM,
-                VALUE_STRIDE,
-                VALUE_MAIN,
-                VALUE_REST,
-                TILE,
-                True,
+        attended = no_sums(SIZES.rows, VALUES)
+        for position in tl.range(first, end, SIZES.tile, num_stages=SIZES.num_stages):
+            attended = attend_tile(
+                *(attended, q_parts, (keys, key_scales), (values, value_scales), table, kv_head),
+                *(position, end, (high - window, high), (scale, soft_cap), SIZES, True),
             )
         if is_only != 0:
-            heads = kv_head * GROUP + head
-            acc, acc_rest, total = with_sink(acc, acc_rest, largest, total, sinks, heads, there)
-            total = tl.where(there, total, 1.0)
-            places = token.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
-            element = out.dtype.element_ty
-            main = (acc / total[:, None]).to(element)
-            store_part(out, places, there, main, VALUE_DIM, 0, VALUE_MAIN)
-            if VALUE_REST > 0:
-                rest = (acc_rest / total[:, None]).to(element)
-                store_part(out, places, there, rest, VALUE_DIM, VALUE_MAIN, VALUE_REST)
+            store_answers(out, attended, sinks, start + query, heads, there, SIZES)
         else:
-            places = tl.arange(0, ROWS) + work * tl.full([1], ROWS, dtype=tl.int64)
-            store_part(partials, places, there, acc, VALUE_DIM, 0, VALUE_MAIN)
-            if VALUE_REST > 0:
-                store_part(partials, places, there, acc_rest, VALUE_DIM, VALUE_MAIN, VALUE_REST)
-            tl.store(sums + 2 * places, largest, mask=there)
-            tl.store(sums + 2 * places + 1, total, mask=there)
+            _store_partials(partials, sums, attended, work, there, SIZES)
+
+
+@triton.jit
+def _joined(attended, partials, sums, places, there, HEAD: tl.constexpr):
+    """What rows have attended to, and what was left at some places."""
+    acc, rest, before, total = attended
+    columns = tl.arange(0, HEAD.main)
+    pointers = partials + places[:, None] * HEAD.width + columns[None, :]
+    mask = there[:, None] & (columns < HEAD.width)[None, :]
+    added = tl.load(pointers, mask=mask, other=0.0)
+    its_largest = tl.load(sums + 2 * places, mask=there, other=0.0)
+    its_total = tl.load(sums + 2 * places + 1, mask=there, other=1.0)
+    largest = tl.maximum(before, its_largest)
+    shrink, its_shrink = tl.exp2(before - largest), tl.exp2(its_largest - largest)
+    acc = acc * shrink[:, None] + added * its_shrink[:, None]
+    return acc, rest, largest, total * shrink + its_total * its_shrink
 
 
 @triton.jit
 def _reduce_kernel(
-    out,
-    partials,
-    sums,
-    items,
-    ends,
-    sinks,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    USED: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    out, partials, sums, items, ends, sinks, SIZES: tl.constexpr, USED: tl.constexpr
 ):
-    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    VALUES: tl.constexpr = SIZES.values
+    PAIRS: tl.constexpr = SIZES.num_kv_heads * SIZES.parts
     before, after = tl.load(ends + tl.program_id(0)), tl.load(ends + tl.program_id(0) + 1)
     if after - before > 1:
-        kv_head, part = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
+        kv_head, part = tl.program_id(1) // SIZES.parts, tl.program_id(1) % SIZES.parts
         start = tl.load(items + before * ITEM)
         queries = tl.load(items + before * ITEM + 1)
-        token, head, _query, there = _rows_of(start, queries, part, GROUP, HEADS, USED)
-        columns = tl.arange(0, WIDTH)
-        mask = there[:, None] & (columns < VALUE_DIM)[None, :]
-        acc = tl.zeros([USED, WIDTH], dtype=tl.float32)
-        largest = tl.full([USED], -1.0e30, dtype=tl.float32)
-        total = tl.zeros([USED], dtype=tl.float32)
+        query, heads, there = rows_of(0, queries, kv_head, part, USED, SIZES)
+        attended = no_sums(USED, VALUES)
         for item in range(before, after):
-            work = item * tl.full([1], NUM_KV_HEADS * PARTS, dtype=tl.int64) + tl.program_id(1)
-            places = work * ROWS + tl.arange(0, USED)
-            pointers = partials + places[:, None] * VALUE_DIM + columns[None, :]
-            added = tl.load(pointers, mask=mask, other=0.0)
-            its_largest = tl.load(sums + 2 * places, mask=there, other=0.0)
-            its_total = tl.load(sums + 2 * places + 1, mask=there, other=1.0)
-            above = tl.maximum(largest, its_largest)
-            shrink, its_shrink = tl.exp2(largest - above), tl.exp2(its_largest - above)
-            acc = acc * shrink[:, None] + added * its_shrink[:, None]
-            total = total * shrink + its_total * its_shrink
-            largest = above
-        heads = kv_head * GROUP + head
-        acc, acc, total = with_sink(acc, acc, largest, total, sinks, heads, there)
-        total = tl.where(there, total, 1.0)
-        places = token.to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
-        done = (acc / total[:, None]).to(out.dtype.element_ty)
-        store_part(out, places, there, done, VALUE_DIM, 0, WIDTH)
+            work = item * tl.full([1], PAIRS, dtype=tl.int64) + tl.program_id(1)
+            places = work * SIZES.rows + tl.arange(0, USED)
+            attended = _joined(attended, partials, sums, places, there, VALUES)
+        store_answers(out, attended, sinks, start + query, heads, there, SIZES)
 
 
 class Tiling(NamedTuple):
@@ -277,44 +203,46 @@ def decode(
         chunks: Of the step.
         scoring: Of the layer.
     """
-    known = sizes(keys[0], values[0])
-    group, value_dim = q.shape[1] // keys[0].shape[1], values[0].shape[3]
-    heads, rows = _rows(group, chunks.max_queries, value_dim)
-    parts = keys[0].shape[1] * triton.cdiv(group, heads)
-    packing = {"NUM_KV_HEADS": keys[0].shape[1], "GROUP": group, "HEADS": heads, "ROWS": rows}
-    tiling = tile_for(q.shape[2], value_dim, keys[0].itemsize, bool(known["IS_SHARED"]))
+    layer = sizes(keys[0], values[0], q.shape[1], spans.window > 0, scoring.soft_cap > 0)
+    known, tiling = _for_items(layer, chunks.max_queries, keys[0].itemsize)
+    pairs = layer.num_kv_heads * known.parts
     most = most_chunks(spans.max_length, spans.window, chunks.base)
-    split = len(chunks.items) * parts * rows if most > 1 else 0
-    partials = torch.empty((split, value_dim), dtype=torch.float32, device=q.device)
+    split = len(chunks.items) * pairs * known.rows if most > 1 else 0
+    partials = torch.empty((split, layer.values.width), dtype=torch.float32, device=q.device)
     sums = torch.empty((split, 2), dtype=torch.float32, device=q.device)
-    programs = min(len(chunks.items) * parts, _programs(tiling, q.device))
+    programs = min(len(chunks.items) * pairs, _programs(tiling, q.device))
     _decode_kernel[(programs,)](
         *(out, partials, sums, q, as_stored(keys[0]), keys[1], as_stored(values[0]), values[1]),
         *(chunks.items, chunks.ends[-1:], spans.tables, scoring.sinks, *scoring.factors),
         *(spans.window, q.stride(0), spans.tables.stride(0)),
-        HAS_WINDOW=spans.window > 0,
-        HAS_CAP=scoring.soft_cap > 0,
-        **(known | packing),
+        SIZES=known,
         BASE=chunks.base,
-        TILE=tiling.tile,
-        STAGES=tiling.num_stages,
         num_warps=tiling.num_warps,
     )
     if most > 1:
-        _reduce_kernel[(len(spans.rows), parts)](
+        used = known.heads * chunks.max_queries
+        _reduce_kernel[(len(spans.rows), pairs)](
             *(out, partials, sums, chunks.items, chunks.ends, scoring.sinks),
-            **packing,
-            USED=heads * chunks.max_queries,
-            VALUE_DIM=value_dim,
-            WIDTH=triton.next_power_of_2(value_dim),
-            num_warps=_reduce_warps(heads * chunks.max_queries, value_dim),
+            SIZES=_for_reduce(known),
+            USED=used,
+            num_warps=_reduce_warps(used, layer.values.width),
         )
 
 
-def _rows(group: int, max_queries: int, value_dim: int) -> tuple[int, int]:
-    """Heads and rows of an item: as many as registers hold sums of."""
-    heads = min(triton.next_power_of_2(group), 32 if value_dim > 256 else 64)
-    return heads, max(16, heads * max_queries)
+def _for_items(layer: Sizes, max_queries: int, itemsize: int) -> tuple[Sizes, Tiling]:
+    """Of items: as many heads and rows as registers hold sums of."""
+    value_dim = layer.values.width
+    heads = min(triton.next_power_of_2(layer.group), 32 if value_dim > 256 else 64)
+    rows = max(16, heads * max_queries)
+    tiling = tile_for(layer.keys.width, value_dim, itemsize, layer.is_shared)
+    known = replace(layer, heads=heads, rows=rows, tile=tiling.tile, num_stages=tiling.num_stages)
+    return known, tiling
+
+
+def _for_reduce(known: Sizes) -> Sizes:
+    """Partial sums are read as a whole."""
+    width = known.values.width
+    return replace(known, values=Head(width, width, triton.next_power_of_2(width), 0))
 
 
 def _reduce_warps(rows: int, value_dim: int) -> int:
@@ -331,38 +259,30 @@ def variants() -> tuple[Variant, ...]:
 
 
 def _variant(shape: Shape, pool: str) -> Variant:
-    heads, rows = _rows(shape.group, 1, shape.value_dim)
-    itemsize = 2 if pool == "bf16" else 1
-    tiling = tile_for(shape.dim, shape.value_dim, itemsize, shape.is_shared)
+    known, tiling = _for_items(shape.sizes, 1, 2 if pool == "bf16" else 1)
     integers = ("window", "q_stride", "table_stride")
-    signature, constants = shape.arguments(pool)
+    signature, absent = shape.arguments(pool)
     signature |= {
         **dict.fromkeys(("partials", "sums"), "*fp32"),
         **dict.fromkeys(("items", "count"), "*i32"),
         **dict.fromkeys(integers, "i32"),
     }
-    constants |= {"HEADS": heads, "ROWS": rows, "BASE": base_for(shape.group)}
-    constants |= {"TILE": tiling.tile, "STAGES": tiling.num_stages}
+    constants = {**absent, "SIZES": known, "BASE": base_for(shape.group)}
     name = f"paged_decode-{pool}-{shape.name}"
     stages = tiling.num_stages
     return Variant(name, _decode_kernel, signature, constants, tiling.num_warps, stages, True)
 
 
 def _reduce_variant(shape: Shape) -> Variant:
-    heads, rows = _rows(shape.group, 1, shape.value_dim)
+    known, _tiling = _for_items(shape.sizes, 1, 2)
     signature = {
         "out": "*bf16",
         **dict.fromkeys(("partials", "sums"), "*fp32"),
         **dict.fromkeys(("items", "ends"), "*i32"),
         **({"sinks": "*bf16"} if shape.has_sinks else {}),
     }
-    constants = {
-        **({} if shape.has_sinks else {"sinks": None}),
-        **{"NUM_KV_HEADS": shape.num_kv_heads, "GROUP": shape.group, "HEADS": heads, "ROWS": rows},
-        "USED": heads,
-        "VALUE_DIM": shape.value_dim,
-        "WIDTH": triton.next_power_of_2(shape.value_dim),
-    }
-    warps = _reduce_warps(heads, shape.value_dim)
+    constants = {"SIZES": _for_reduce(known), "USED": known.heads}
+    constants |= {} if shape.has_sinks else {"sinks": None}
+    warps = _reduce_warps(known.heads, shape.value_dim)
     name = f"paged_reduce-{shape.name}"
     return Variant(name, _reduce_kernel, signature, constants, warps, no_spills=True)

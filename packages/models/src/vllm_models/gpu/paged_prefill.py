@@ -7,6 +7,7 @@ context up to its last query, without masks where every row sees every position.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import triton
@@ -14,14 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_models.gpu.launch import Variant
-from vllm_models.gpu.paged_shapes import POOLS, SHAPES, Shape, sizes
+from vllm_models.gpu.paged_kv import as_stored
+from vllm_models.gpu.paged_shapes import POOLS, SHAPES, Shape, Sizes, sizes
 from vllm_models.gpu.paged_tile import (
     Scoring,
-    as_stored,
     attend_tile,
-    load_part,
-    store_part,
-    with_sink,
+    load_queries,
+    no_sums,
+    rows_of,
+    store_answers,
 )
 from vllm_models.gpu.spans import GpuSpans
 
@@ -38,6 +40,23 @@ def _sequence_of(tile, starts, num_sequences, QUERIES: tl.constexpr, LOOK: tl.co
         first = tl.load(starts + index, mask=there, other=0) // QUERIES + index
         found += tl.sum((there & (first <= tile)).to(tl.int32))
     return found
+
+
+@triton.jit
+def _stretches(first_query, before, length, window, SIZES: tl.constexpr):
+    """Of the positions that some queries see, which is cut in three: where it begins, where every
+    row sees all, where the masks begin again, and the end. The first part is for windows.
+    """
+    TILE: tl.constexpr = SIZES.tile
+    end = tl.minimum(before + first_query + SIZES.queries, length)
+    full_end = (before + first_query + 1) // TILE * TILE
+    first, full_first = 0, 0
+    if SIZES.has_window:
+        first = tl.maximum(before + first_query + 1 - window, 0) // TILE * TILE
+        full_first = tl.cdiv(tl.maximum(end - window, 0), TILE) * TILE
+        full_first = tl.minimum(full_first, tl.cdiv(end, TILE) * TILE)
+        full_end = tl.maximum(full_end, full_first)
+    return first, full_first, full_end, end
 
 
 @triton.jit(do_not_specialize=["num_sequences", "few"])
@@ -60,29 +79,13 @@ def _prefill_kernel(
     table_stride,
     num_sequences,
     few,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    IS_SHARED: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_STRIDE: tl.constexpr,
-    VALUE_MAIN: tl.constexpr,
-    VALUE_REST: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
+    SIZES: tl.constexpr,
     LOOK: tl.constexpr,
 ):
-    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    QUERIES: tl.constexpr = ROWS // HEADS
+    VALUES: tl.constexpr = SIZES.values
+    QUERIES: tl.constexpr = SIZES.queries
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # later queries see more: first
-    kv_head, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    kv_head, part = tl.program_id(0) // SIZES.parts, tl.program_id(0) % SIZES.parts
     sequence = _sequence_of(tile, starts, num_sequences, QUERIES, LOOK)
     start = tl.load(starts + sequence)
     queries = tl.load(starts + sequence + 1) - start
@@ -90,76 +93,22 @@ def _prefill_kernel(
     if (first_query < queries) & (queries > few):
         length = tl.load(lengths + sequence)
         table = tables + tl.load(rows + sequence).to(tl.int64) * table_stride
-        row = tl.arange(0, ROWS)
-        query, head = first_query + row // HEADS, part * HEADS + row % HEADS
-        there = (query < queries) & (head < GROUP)
-        heads = kv_head * GROUP + head
-        place = (start + query).to(tl.int64) * q_stride + heads * DIM
-        q_main = load_part(q, place, there, 1, 0, MAIN, DIM, True)
-        q_rest = q_main
-        if REST > 0:
-            q_rest = load_part(q, place, there, 1, MAIN, REST, DIM, True)
+        query, heads, there = rows_of(first_query, queries, kv_head, part, SIZES.rows, SIZES)
+        q_parts = load_queries(q, start + query, q_stride, heads, there, SIZES)
         before = length - queries
         high = before + query + 1
-        low = high - window
-        acc = tl.zeros([ROWS, VALUE_MAIN], dtype=tl.float32)
-        acc_rest = tl.zeros([ROWS, VALUE_REST if VALUE_REST > 0 else 1], dtype=tl.float32)
-        largest = tl.full([ROWS], -1.0e30, dtype=tl.float32)
-        total = tl.zeros([ROWS], dtype=tl.float32)
-        end = tl.minimum(before + first_query + QUERIES, length)
-        full_end = (before + first_query + 1) // TILE * TILE
-        first, full_first = 0, 0
-        if HAS_WINDOW:
-            first = tl.maximum(before + first_query + 1 - window, 0) // TILE * TILE
-            full_first = tl.cdiv(tl.maximum(end - window, 0), TILE) * TILE
-            full_first = tl.minimum(full_first, tl.cdiv(end, TILE) * TILE)
-            full_end = tl.maximum(full_end, full_first)
-        for stretch in tl.static_range(0 if HAS_WINDOW else 1, 3):
-            from_here = first if stretch == 0 else (full_first if stretch == 1 else full_end)
-            to_here = full_first if stretch == 0 else (full_end if stretch == 1 else end)
-            for position in tl.range(from_here, to_here, TILE, num_stages=STAGES):
-                acc, acc_rest, largest, total = attend_tile(
-                    acc,
-                    acc_rest,
-                    largest,
-                    total,
-                    q_main,
-                    q_rest,
-                    keys,
-                    key_scales,
-                    values,
-                    value_scales,
-                    table,
-                    position,
-                    end,
-                    low,
-                    high,
-                    kv_head,
-                    scale,
-                    soft_cap,
-                    HAS_WINDOW,
-                    HAS_CAP,
-                    IS_SHARED,
-                    NUM_KV_HEADS,
-                    BLOCK_SIZE,
-                    DIM,
-                    MAIN,
-                    REST,
-                    VALUE_DIM,
-                    VALUE_STRIDE,
-                    VALUE_MAIN,
-                    VALUE_REST,
-                    TILE,
-                    stretch != 1,
+        edges = _stretches(first_query, before, length, window, SIZES)
+        sums = no_sums(SIZES.rows, VALUES)
+        for i in tl.static_range(0 if SIZES.has_window else 1, 3):
+            for position in tl.range(
+                edges[i], edges[i + 1], SIZES.tile, num_stages=SIZES.num_stages
+            ):
+                sums = attend_tile(
+                    *(sums, q_parts, (keys, key_scales), (values, value_scales), table, kv_head),
+                    *(position, edges[3], (high - window, high), (scale, soft_cap)),
+                    *(SIZES, i != 1),
                 )
-        acc, acc_rest, total = with_sink(acc, acc_rest, largest, total, sinks, heads, there)
-        total = tl.where(there, total, 1.0)
-        places = (start + query).to(tl.int64) * (NUM_KV_HEADS * GROUP) + heads
-        element = out.dtype.element_ty
-        store_part(out, places, there, (acc / total[:, None]).to(element), VALUE_DIM, 0, VALUE_MAIN)
-        if VALUE_REST > 0:
-            rest = (acc_rest / total[:, None]).to(element)
-            store_part(out, places, there, rest, VALUE_DIM, VALUE_MAIN, VALUE_REST)
+        store_answers(out, sums, sinks, start + query, heads, there, SIZES)
 
 
 class Tiling(NamedTuple):
@@ -216,26 +165,27 @@ def prefill(
         scoring: Of the layer.
         few: Queries.
     """
-    known, num_kv_heads = sizes(keys[0], values[0]), keys[0].shape[1]
-    group, num_sequences = q.shape[1] // num_kv_heads, len(spans.rows)
-    tiling = prefill_tile_for(q.shape[2], values[0].shape[3], keys[0].itemsize)
-    heads = min(triton.next_power_of_2(group), tiling.rows)
-    tiles = len(q) // (tiling.rows // heads) + num_sequences
-    _prefill_kernel[(num_kv_heads * triton.cdiv(group, heads), tiles)](
+    layer = sizes(keys[0], values[0], q.shape[1], spans.window > 0, scoring.soft_cap > 0)
+    known, tiling = _for_queries(layer, keys[0].itemsize)
+    num_sequences = len(spans.rows)
+    tiles = len(q) // known.queries + num_sequences
+    _prefill_kernel[(layer.num_kv_heads * known.parts, tiles)](
         *(out, q, as_stored(keys[0]), keys[1], as_stored(values[0]), values[1]),
         *(spans.rows, spans.starts, spans.lengths, spans.tables, scoring.sinks, *scoring.factors),
         *(spans.window, q.stride(0), spans.tables.stride(0), num_sequences, few),
-        HAS_WINDOW=spans.window > 0,
-        HAS_CAP=scoring.soft_cap > 0,
-        **known,
-        GROUP=group,
-        HEADS=heads,
-        ROWS=tiling.rows,
-        TILE=tiling.tile,
-        STAGES=tiling.num_stages,
+        SIZES=known,
         LOOK=_LOOK,
         num_warps=tiling.num_warps,
     )
+
+
+def _for_queries(layer: Sizes, itemsize: int) -> tuple[Sizes, Tiling]:
+    tiling = prefill_tile_for(layer.keys.width, layer.values.width, itemsize)
+    heads = min(triton.next_power_of_2(layer.group), tiling.rows)
+    known = replace(
+        layer, heads=heads, rows=tiling.rows, tile=tiling.tile, num_stages=tiling.num_stages
+    )
+    return known, tiling
 
 
 def variants() -> tuple[Variant, ...]:
@@ -244,15 +194,13 @@ def variants() -> tuple[Variant, ...]:
 
 
 def _variant(shape: Shape, pool: str) -> Variant:
-    tiling = prefill_tile_for(shape.dim, shape.value_dim, 2 if pool == "bf16" else 1)
-    heads = min(triton.next_power_of_2(shape.group), tiling.rows)
-    signature, constants = shape.arguments(pool)
+    known, tiling = _for_queries(shape.sizes, 2 if pool == "bf16" else 1)
+    signature, absent = shape.arguments(pool)
     numbers = ("window", "q_stride", "table_stride", "num_sequences", "few")
     signature |= dict.fromkeys(("rows", "starts", "lengths"), "*i32") | dict.fromkeys(
         numbers, "i32"
     )
-    constants |= {"HEADS": heads, "ROWS": tiling.rows, "TILE": tiling.tile}
-    constants |= {"STAGES": tiling.num_stages, "LOOK": _LOOK}
+    constants = {**absent, "SIZES": known, "LOOK": _LOOK}
     return Variant(
         f"paged_prefill-{pool}-{shape.name}",
         _prefill_kernel,

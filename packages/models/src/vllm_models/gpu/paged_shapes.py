@@ -2,39 +2,101 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import triton
 from torch import Tensor
 
 
-def parts_of(width: int) -> tuple[int, int]:
-    """The largest power of two within a width, and one that holds what is left (0 or >= 16)."""
-    main = max(16, 1 << (width.bit_length() - 1))
-    rest = width - main
-    return main, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
+@dataclass(frozen=True)
+class Head:
+    """Numbers of a head at a position, read in two parts: 576 = 512 + 64.
+
+    Attributes:
+        width: How many there are.
+        stride: Numbers from a position to the next in the KV.
+        main: The largest power of two within the width, at least 16.
+        rest: 0, or a power of two of at least 16 that holds what is left.
+    """
+
+    width: int
+    stride: int
+    main: int
+    rest: int
+
+    @classmethod
+    def of(cls, width: int, stride: int) -> Head:
+        """A head in its parts."""
+        main = max(16, 1 << (width.bit_length() - 1))
+        rest = width - main
+        return cls(width, stride, main, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0)
 
 
-def sizes(keys: Tensor, values: Tensor) -> dict[str, int | bool]:
-    """What kernels know of the KV: keys [B, K, P, D], values [B, K, P, W], maybe parts of them."""
-    _, num_kv_heads, block_size, dim = keys.shape
-    value_dim, is_shared = values.shape[3], values.data_ptr() == keys.data_ptr()
-    return dims(num_kv_heads, block_size, dim, value_dim, is_shared)
+@dataclass(frozen=True)
+class Sizes:
+    """What a kernel has to know of a layer, and of its own programs, when it is compiled.
+
+    Attributes:
+        keys: A head of the keys, and of the queries.
+        values: A head of the values.
+        is_shared: Values are read from the keys.
+        num_kv_heads: Of a position.
+        group: Query heads that share a KV head.
+        block_size: Positions.
+        has_window: Positions may be too far back to be seen.
+        has_cap: Scores are capped.
+        heads: Of a group, those that a program has: a power of two.
+        rows: Queries times heads of a program.
+        tile: Positions read together.
+        num_stages: Of the pipeline that reads them.
+    """
+
+    keys: Head
+    values: Head
+    is_shared: bool
+    num_kv_heads: int
+    group: int
+    block_size: int
+    has_window: bool
+    has_cap: bool
+    heads: int = 1
+    rows: int = 16
+    tile: int = 16
+    num_stages: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Programs among which a group is shared out."""
+        return -(-self.group // self.heads)
+
+    @property
+    def queries(self) -> int:
+        """Of a program."""
+        return self.rows // self.heads
+
+    @property
+    def is_read_once(self) -> bool:
+        """The parts of a value are parts of the key, which has been read."""
+        is_like = self.values.main == self.keys.main and self.values.rest in (0, self.keys.rest)
+        return self.is_shared and is_like
 
 
-def dims(
-    num_kv_heads: int, block_size: int, dim: int, value_dim: int, is_shared: bool
-) -> dict[str, int | bool]:
-    """The same from numbers."""
-    (main, rest), (value_main, value_rest) = parts_of(dim), parts_of(value_dim)
-    return {
-        "IS_SHARED": is_shared,
-        "NUM_KV_HEADS": num_kv_heads,
-        "BLOCK_SIZE": block_size,
-        **{"DIM": dim, "MAIN": main, "REST": rest},
-        **{"VALUE_DIM": value_dim, "VALUE_STRIDE": dim if is_shared else value_dim},
-        **{"VALUE_MAIN": value_main, "VALUE_REST": value_rest},
-    }
+def sizes(keys: Tensor, values: Tensor, num_heads: int, has_window: bool, has_cap: bool) -> Sizes:
+    """Of a layer; those of the programs are for the caller to replace.
+
+    Args:
+        keys: [B, K, P, D].
+        values: [B, K, P, W], maybe parts of the keys.
+        num_heads: Of the queries.
+        has_window: See `Sizes`.
+        has_cap: Likewise.
+    """
+    (_, num_kv_heads, block_size, dim), value_dim = keys.shape, values.shape[3]
+    is_shared = values.data_ptr() == keys.data_ptr()
+    key, value = Head.of(dim, dim), Head.of(value_dim, dim if is_shared else value_dim)
+    group = num_heads // num_kv_heads
+    return Sizes(key, value, is_shared, num_kv_heads, group, block_size, has_window, has_cap)
 
 
 class Shape(NamedTuple):
@@ -55,8 +117,16 @@ class Shape(NamedTuple):
         """Heads that share a KV head."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def sizes(self) -> Sizes:
+        """With blocks of 64 positions."""
+        stride = self.dim if self.is_shared else self.value_dim
+        heads = Head.of(self.dim, self.dim), Head.of(self.value_dim, stride)
+        counts = self.num_kv_heads, self.group, 64
+        return Sizes(*heads, self.is_shared, *counts, self.has_window, self.has_cap)
+
     def arguments(self, pool: str) -> tuple[dict[str, str], dict[str, object]]:
-        """Types and constants that decode and prefill share, with blocks of 64 positions."""
+        """Types of what decode and prefill share, and what is absent."""
         scales = {} if pool == "bf16" else dict.fromkeys(("key_scales", "value_scales"), "*fp32")
         sinks = {"sinks": "*bf16"} if self.has_sinks else {}
         signature = {
@@ -68,13 +138,7 @@ class Shape(NamedTuple):
             **sinks,
         }
         absent = [name for name in ("key_scales", "value_scales") if not scales]
-        absent += [] if sinks else ["sinks"]
-        constants = {
-            **dict.fromkeys(absent),
-            **dims(self.num_kv_heads, 64, self.dim, self.value_dim, self.is_shared),
-            **{"HAS_WINDOW": self.has_window, "HAS_CAP": self.has_cap, "GROUP": self.group},
-        }
-        return signature, constants
+        return signature, dict.fromkeys(absent + ([] if sinks else ["sinks"]))
 
 
 SHAPES = (

@@ -1,10 +1,11 @@
-"""What decode and prefill attention share: a tile of keys and values, and the sums over tiles.
+"""What decode and prefill attention share: rows of queries, and what they attend to, by tiles.
 
 Rows m of queries see the positions low[m] <= p < high[m]. With scores in powers of two,
 
     s = q k^T * scale * log2(e)     m = max s     total = sum 2^(s - m)     acc = sum 2^(s - m) v
 
-A head is read in two parts, the largest power of two and what is left: 576 = 512 + 64.
+SIZES is always a `paged_shapes.Sizes`. Sums of rows are acc, in the two parts of a head, largest
+and total; keys and values are both with their scales, which are None for numbers of 16 bits.
 """
 
 from __future__ import annotations
@@ -12,109 +13,67 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vllm_models.gpu.dot import add_dot
+from vllm_models.gpu.paged_kv import load_part, store_head, tile_places
 
 _LOG2_E = math.log2(math.e)
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def tile_rows(
-    table,
-    first,
-    end,
-    head,
-    NUM_KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Places of TILE positions in the KV seen as [B * K * P, D]; `first` is a multiple of TILE."""
-    offsets = tl.arange(0, TILE)
-    if BLOCK_SIZE % TILE == 0:
-        block = tl.load(table + first // BLOCK_SIZE).to(tl.int64)
-        inside = first % BLOCK_SIZE + offsets
-    else:
-        blocks = table + (first + offsets) // BLOCK_SIZE
-        block = tl.load(blocks, mask=first + offsets < end, other=0).to(tl.int64)
-        inside = (first + offsets) % BLOCK_SIZE
-    return (block * NUM_KV_HEADS + head) * BLOCK_SIZE + inside
+def rows_of(first, queries, kv_head, part, ROWS: tl.constexpr, SIZES: tl.constexpr):
+    """Query and head of every row, and which rows are there, from the query `first` on."""
+    row = tl.arange(0, ROWS)
+    query, head = first + row // SIZES.heads, part * SIZES.heads + row % SIZES.heads
+    return query, kv_head * SIZES.group + head, (query < queries) & (head < SIZES.group)
 
 
 @triton.jit
-def load_part(
-    data,
-    rows,
-    there,
-    STRIDE: tl.constexpr,
-    FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Columns FIRST .. FIRST + SIZE of some rows, of which a head has WIDTH."""
-    columns = FIRST + tl.arange(0, SIZE)
-    pointers = data + rows[:, None] * STRIDE + columns[None, :]
-    if FIRST + SIZE > WIDTH:
-        return tl.load(pointers, mask=there[:, None] & (columns < WIDTH)[None, :], other=0)
-    if MASKED:
-        return tl.load(pointers, mask=there[:, None], other=0)
-    return tl.load(pointers)
+def load_queries(q, tokens, stride, heads, there, SIZES: tl.constexpr):
+    """The queries of rows: both parts."""
+    KEYS: tl.constexpr = SIZES.keys
+    places = tokens.to(tl.int64) * stride + heads * KEYS.width
+    main = load_part(q, places, there, q.dtype.element_ty, False, 1, KEYS, True)
+    rest = main
+    if KEYS.rest > 0:
+        rest = load_part(q, places, there, q.dtype.element_ty, True, 1, KEYS, True)
+    return main, rest
 
 
 @triton.jit
-def as_element(numbers, element: tl.constexpr):
-    """Numbers of the KV in the type of the queries; bytes are those of float8_e4m3fn."""
-    if numbers.dtype == tl.uint8:
-        return _from_float8(numbers, element)
-    if numbers.dtype == tl.int8:
-        return numbers.to(tl.float32).to(element)
-    return numbers.to(element)
+def no_sums(ROWS: tl.constexpr, HEAD: tl.constexpr):
+    """The sums of rows that have seen nothing."""
+    MAIN: tl.constexpr = HEAD.main
+    REST: tl.constexpr = HEAD.rest if HEAD.rest > 0 else 1
+    acc, rest = tl.zeros([ROWS, MAIN], tl.float32), tl.zeros([ROWS, REST], tl.float32)
+    return acc, rest, tl.full([ROWS], -1.0e30, tl.float32), tl.zeros([ROWS], tl.float32)
 
 
 @triton.jit
-def _from_float8(numbers, element: tl.constexpr):
-    """Sign and other bits moved to where wider types have them are a number 2^120 times too small.
-
-    Four at a time: the bytes become the upper bytes of halves, the seven bits move down by four.
-    """
-    if _INTERPRETED or element != tl.bfloat16:
-        bits = numbers.to(tl.int32)
-        wide = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
-        return (wide.to(tl.float32, bitcast=True) * 1.329227995784916e36).to(element)
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 low, high, sign, scale, zero;
-        mov.b32 scale, 0x7b807b80;
-        mov.b32 zero, 0x80008000;
-        prmt.b32 low, $2, 0, 0x1404;
-        prmt.b32 high, $2, 0, 0x3424;
-        and.b32 sign, low, 0x80008000;
-        shr.b32 low, low, 4;
-        lop3.b32 low, low, 0x07f007f0, sign, 0xea;
-        fma.rn.bf16x2 $0, low, scale, zero;
-        and.b32 sign, high, 0x80008000;
-        shr.b32 high, high, 4;
-        lop3.b32 high, high, 0x07f007f0, sign, 0xea;
-        fma.rn.bf16x2 $1, high, scale, zero;
-        }""",
-        "=r,=r,r",
-        [numbers],
-        dtype=tl.bfloat16,
-        is_pure=True,
-        pack=4,
-    )
+def _products(q, data, places, there, SIZES: tl.constexpr, MASKED: tl.constexpr):
+    """Of queries and keys [M, TILE], and both parts of the keys."""
+    KEYS: tl.constexpr = SIZES.keys
+    TILE: tl.constexpr = SIZES.tile
+    element: tl.constexpr = q[0].dtype
+    main = load_part(data, places, there, element, False, KEYS.stride, KEYS, MASKED)
+    products = tl.zeros([q[0].shape[0], TILE], tl.float32)
+    products = add_dot(products, q[0], tl.trans(main))
+    rest = main
+    if KEYS.rest > 0:
+        rest = load_part(data, places, there, element, True, KEYS.stride, KEYS, MASKED)
+        products = add_dot(products, q[1], tl.trans(rest))
+    return products, (main, rest)
 
 
 @triton.jit
-def _scores(products, key_scales, rows, there, scale, soft_cap, HAS_CAP: tl.constexpr):
+def _scores(products, key_scales, places, there, factors, HAS_CAP: tl.constexpr):
     """Scores from products of queries and keys, and the factor that they lack."""
     if key_scales is not None:
-        products = products * tl.load(key_scales + rows, mask=there, other=0.0)[None, :]
+        products = products * tl.load(key_scales + places, mask=there, other=0.0)[None, :]
+    scale, soft_cap = factors
     if HAS_CAP:
         # `scale` is that of the hyperbolic tangent: 2 log2(e) / cap times that of the scores.
         return soft_cap * (1.0 - 2.0 / (tl.exp2(products * scale) + 1.0)), 1.0
@@ -122,104 +81,106 @@ def _scores(products, key_scales, rows, there, scale, soft_cap, HAS_CAP: tl.cons
 
 
 @triton.jit
+def _seen(scores, positions, bounds, HAS_WINDOW: tl.constexpr):
+    """The scores of positions that rows see; others are not there."""
+    low, high = bounds
+    seen = positions[None, :] < high[:, None]
+    if HAS_WINDOW:
+        seen &= positions[None, :] >= low[:, None]
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def _add_values(
+    acc, rest, shrink, weights, k, data, places, there, SIZES: tl.constexpr, MASKED: tl.constexpr
+):
+    """acc, and the rest times `shrink`, plus the values by their weights; k are keys in parts."""
+    VALUES: tl.constexpr = SIZES.values
+    element: tl.constexpr = weights.dtype
+    v, v_rest = k
+    if not SIZES.is_read_once:
+        v = load_part(data, places, there, element, False, VALUES.stride, VALUES, MASKED)
+    acc = add_dot(acc, weights, v)
+    if VALUES.rest > 0:
+        if not SIZES.is_read_once:
+            v_rest = load_part(data, places, there, element, True, VALUES.stride, VALUES, MASKED)
+        rest = add_dot(rest * shrink[:, None], weights, v_rest)
+    return acc, rest
+
+
+@triton.jit
 def attend_tile(
-    acc,
-    acc_rest,
-    largest,
-    total,
+    sums,
     q,
-    q_rest,
     keys,
-    key_scales,
     values,
-    value_scales,
     table,
+    kv_head,
     first,
     end,
-    low,
-    high,
-    head,
-    scale,
-    soft_cap,
-    HAS_WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    IS_SHARED: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_STRIDE: tl.constexpr,
-    VALUE_MAIN: tl.constexpr,
-    VALUE_REST: tl.constexpr,
-    TILE: tl.constexpr,
+    bounds,
+    factors,
+    SIZES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add the positions first .. first + TILE, which are read up to `end`."""
-    element: tl.constexpr = q.dtype
-    rows = tile_rows(table, first, end, head, NUM_KV_HEADS, BLOCK_SIZE, TILE)
-    positions = first + tl.arange(0, TILE)
+    """The sums of rows, and of a tile of positions.
+
+    Args:
+        sums: Of the rows.
+        q: Both parts of the queries.
+        keys: And `values`: with their scales.
+        table: Blocks of the sequence.
+        kv_head: Of the rows.
+        first: Position where the tile begins.
+        end: Positions from there on are not read.
+        bounds: low and high, see above.
+        factors: See `Scoring.factors`.
+        SIZES: Of the layer and the program.
+        MASKED: Rows may not see all of the tile.
+    """
+    places = tile_places(table, first, end, kv_head, SIZES)
+    positions = first + tl.arange(0, SIZES.tile)
     there = positions < end
-    k = as_element(load_part(keys, rows, there, DIM, 0, MAIN, DIM, MASKED), element)
-    products = tl.zeros([q.shape[0], TILE], dtype=tl.float32)
-    products = add_dot(products, q, tl.trans(k))
-    if REST > 0:
-        k_rest = as_element(load_part(keys, rows, there, DIM, MAIN, REST, DIM, MASKED), element)
-        products = add_dot(products, q_rest, tl.trans(k_rest))
-    scores, factor = _scores(products, key_scales, rows, there, scale, soft_cap, HAS_CAP)
+    products, k = _products(q, keys[0], places, there, SIZES, MASKED)
+    scores, factor = _scores(products, keys[1], places, there, factors, SIZES.has_cap)
     if MASKED:
-        seen = positions[None, :] < high[:, None]
-        if HAS_WINDOW:
-            seen &= positions[None, :] >= low[:, None]
-        scores = tl.where(seen, scores, float("-inf"))
-    above = tl.maximum(largest, tl.max(scores, axis=1) * factor)
+        scores = _seen(scores, positions, bounds, SIZES.has_window)
+    acc, rest, before, total = sums
+    largest = tl.maximum(before, tl.max(scores, axis=1) * factor)
     # Said to be one rounding, so that it is one with masks and without.
-    weights = tl.exp2(tl.fma(scores, factor, -above[:, None]))
-    shrink = tl.exp2(largest - above)
+    weights = tl.exp2(tl.fma(scores, factor, -largest[:, None]))
+    shrink = tl.exp2(before - largest)
     total = total * shrink + tl.sum(weights, axis=1)
     acc = acc * shrink[:, None]
-    if value_scales is not None:
-        weights = weights * tl.load(value_scales + rows, mask=there, other=0.0)[None, :]
-    weights = weights.to(element)
-    if IS_SHARED and VALUE_MAIN == MAIN:
-        v = k
-    else:
-        v = load_part(values, rows, there, VALUE_STRIDE, 0, VALUE_MAIN, VALUE_DIM, MASKED)
-        v = as_element(v, element)
-    acc = add_dot(acc, weights, v)
-    if VALUE_REST > 0:
-        if IS_SHARED and VALUE_DIM == DIM:
-            v_rest = k_rest
-        else:
-            v_rest = load_part(
-                values, rows, there, VALUE_STRIDE, VALUE_MAIN, VALUE_REST, VALUE_DIM, MASKED
-            )
-            v_rest = as_element(v_rest, element)
-        acc_rest = add_dot(acc_rest * shrink[:, None], weights, v_rest)
-    return acc, acc_rest, above, total
+    if values[1] is not None:
+        weights = weights * tl.load(values[1] + places, mask=there, other=0.0)[None, :]
+    acc, rest = _add_values(
+        *(acc, rest, shrink, weights.to(q[0].dtype), k, values[0], places, there), SIZES, MASKED
+    )
+    return acc, rest, largest, total
 
 
 @triton.jit
-def with_sink(acc, acc_rest, largest, total, sinks, heads, there):
+def _with_sink(sums, sinks, heads, there):
     """A score of nothing beside the others."""
-    if sinks is not None:
-        sink = tl.load(sinks + heads, mask=there, other=0.0).to(tl.float32) * 1.4426950408889634
-        above = tl.maximum(largest, sink)
-        shrink = tl.exp2(largest - above)
-        total = total * shrink + tl.exp2(sink - above)
-        acc, acc_rest = acc * shrink[:, None], acc_rest * shrink[:, None]
-    return acc, acc_rest, total
+    acc, rest, before, total = sums
+    sink = tl.load(sinks + heads, mask=there, other=0.0).to(tl.float32) * 1.4426950408889634
+    largest = tl.maximum(before, sink)
+    shrink = tl.exp2(before - largest)
+    total = total * shrink + tl.exp2(sink - largest)
+    return acc * shrink[:, None], rest * shrink[:, None], largest, total
 
 
 @triton.jit
-def store_part(
-    out, places, there, part, STRIDE: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr
-):
-    """Put [M, ...] into columns FIRST .. of rows that have STRIDE of them."""
-    columns = FIRST + tl.arange(0, SIZE)
-    mask = there[:, None] & (columns < STRIDE)[None, :]
-    tl.store(out + places[:, None] * STRIDE + columns[None, :], part, mask=mask)
+def store_answers(out, sums, sinks, tokens, heads, there, SIZES: tl.constexpr):
+    """Put what rows have attended to, sinks included, into out [T, H, W]."""
+    VALUES: tl.constexpr = SIZES.values
+    if sinks is not None:
+        sums = _with_sink(sums, sinks, heads, there)
+    acc, rest, _largest, total = sums
+    total = tl.where(there, total, 1.0)[:, None]
+    places = tokens.to(tl.int64) * (SIZES.num_kv_heads * SIZES.group) + heads
+    store_head(out, places, there, acc / total, rest / total, VALUES)
 
 
 class Scoring(NamedTuple):
@@ -235,8 +196,3 @@ class Scoring(NamedTuple):
         if self.soft_cap:
             return 2 * _LOG2_E * self.scale / self.soft_cap, self.soft_cap * _LOG2_E
         return self.scale * _LOG2_E, 0.0
-
-
-def as_stored(data: Tensor) -> Tensor:
-    """The same for a kernel: float8 numbers as bytes, which every device can read."""
-    return data.view(torch.uint8) if data.dtype == torch.float8_e4m3fn else data

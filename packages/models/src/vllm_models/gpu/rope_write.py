@@ -9,8 +9,6 @@ pairs of neighbours or of halves: y = x * cos + other * sin, sin negated for the
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -26,51 +24,10 @@ from vllm_models.gpu.kv_write import (
     write_heads,
 )
 from vllm_models.gpu.launch import Variant
-from vllm_models.gpu.rms_norm import inverse_rms, scaled
+from vllm_models.gpu.rotary_heads import Turn, rope_heads, turned_heads
 
 Norm = tuple[Tensor, float, float]  # weight [D], epsilon, offset of the weight
 _NO_NORM = (None, 0.0, 0.0)
-
-
-@triton.jit
-def turned_heads(
-    heads,
-    there,
-    cos,
-    sin,
-    weight,
-    eps,
-    OFFSET: tl.constexpr,
-    DIM: tl.constexpr,
-    TURNED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    RUN: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Heads [N, TILE] of a token from where `heads` points, rotated, in their own type."""
-    columns = tl.arange(0, TILE)
-    turns, is_in = columns < TURNED, columns < DIM
-    numbers = tl.load(heads[:, None] + columns[None, :], mask=there[:, None] & is_in, other=0.0)
-    wide = numbers.to(tl.float32)
-    inverse = 1.0
-    if weight is not None:
-        inverse = inverse_rms(wide, eps, DIM)
-        wide = scaled(wide, inverse, weight, columns, is_in, OFFSET)
-        wide = wide.to(numbers.dtype).to(tl.float32)
-    if INTERLEAVED:
-        first, second = tl.split(tl.reshape(wide, (wide.shape[0], TILE // 2, 2)))
-        other = tl.reshape(tl.join(second, first), wide.shape)
-    else:
-        across = tl.where(columns < TURNED // 2, columns + TURNED // 2, columns - TURNED // 2)
-        across = tl.max_contiguous(tl.multiple_of(across, RUN), RUN)
-        other = tl.load(heads[:, None] + across[None, :], mask=there[:, None] & turns, other=0.0)
-        other = other.to(tl.float32)
-        if weight is not None:
-            other = scaled(other, inverse, weight, across, turns, OFFSET)
-            other = other.to(numbers.dtype).to(tl.float32)
-    cosine = tl.load(cos + columns, mask=turns, other=1.0).to(tl.float32)
-    sine = tl.load(sin + columns, mask=turns, other=0.0).to(tl.float32)
-    return (wide * cosine + other * sine).to(numbers.dtype)
 
 
 @triton.jit
@@ -85,32 +42,13 @@ def _rope_kernel(
     NUM_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     OFFSET: tl.constexpr,
-    DIM: tl.constexpr,
-    TURNED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    RUN: tl.constexpr,
-    TILE: tl.constexpr,
+    TURN: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    there = heads < NUM_HEADS
-    turned = turned_heads(
-        x + token * stride + heads * DIM,
-        there,
-        cos + token * TURNED,
-        sin + token * TURNED,
-        weight,
-        eps,
-        OFFSET,
-        DIM,
-        TURNED,
-        INTERLEAVED,
-        RUN,
-        TILE,
-    )
-    columns = tl.arange(0, TILE)
-    place = (token * NUM_HEADS + heads)[:, None] * DIM + columns[None, :]
-    tl.store(out + place, turned, mask=there[:, None] & (columns < DIM)[None, :])
+    cos += token * TURN.turned
+    sin += token * TURN.turned
+    first = tl.program_id(1) * HEADS
+    rope_heads(out, x, token, first, stride, cos, sin, weight, eps, NUM_HEADS, HEADS, OFFSET, TURN)
 
 
 @triton.jit
@@ -141,59 +79,27 @@ def _rope_write_kernel(
     HEADS: tl.constexpr,
     Q_OFFSET: tl.constexpr,
     K_OFFSET: tl.constexpr,
-    DIM: tl.constexpr,
-    TURNED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    RUN: tl.constexpr,
-    TILE: tl.constexpr,
+    TURN: tl.constexpr,
     VALUE_TILE: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     q_programs: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     program = tl.program_id(1)
-    columns = tl.arange(0, TILE)
-    cos += token * TURNED
-    sin += token * TURNED
+    cos += token * TURN.turned
+    sin += token * TURN.turned
     if program < q_programs:
-        heads = program * HEADS + tl.arange(0, HEADS)
-        there = heads < NUM_HEADS
-        turned = turned_heads(
-            q + token * q_stride + heads * DIM,
-            there,
-            cos,
-            sin,
-            q_weight,
-            q_eps,
-            Q_OFFSET,
-            DIM,
-            TURNED,
-            INTERLEAVED,
-            RUN,
-            TILE,
+        rope_heads(
+            *(out, q, token, program * HEADS, q_stride, cos, sin, q_weight, q_eps),
+            *(NUM_HEADS, HEADS, Q_OFFSET, TURN),
         )
-        place = (token * NUM_HEADS + heads)[:, None] * DIM + columns[None, :]
-        tl.store(out + place, turned, mask=there[:, None] & (columns < DIM)[None, :])
     else:
         heads = (program - q_programs) * HEADS + tl.arange(0, HEADS)
         there = heads < NUM_KV_HEADS
         slot = tl.load(slots + token).to(tl.int64)
-        block, position = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-        row = (block * NUM_KV_HEADS + heads) * BLOCK_SIZE + position
-        turned = turned_heads(
-            k + token * k_stride + heads * DIM,
-            there,
-            cos,
-            sin,
-            k_weight,
-            k_eps,
-            K_OFFSET,
-            DIM,
-            TURNED,
-            INTERLEAVED,
-            RUN,
-            TILE,
-        )
-        store_heads(turned, there, keys, key_scales, row, DIM, LIMIT, TILE)
+        row = (slot // BLOCK_SIZE * NUM_KV_HEADS + heads) * BLOCK_SIZE + slot % BLOCK_SIZE
+        source = k + token * k_stride + heads * TURN.dim
+        turned = turned_heads(source, there, cos, sin, k_weight, k_eps, K_OFFSET, TURN)
+        store_heads(turned, there, keys, key_scales, row, TURN.dim, LIMIT, TURN.tile)
         source = v + token * v_stride + heads * VALUE_DIM
         write_heads(source, there, values, value_scales, row, VALUE_DIM, LIMIT, VALUE_TILE)
 
@@ -214,15 +120,15 @@ def rope(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     weight, eps, offset = norm or _NO_NORM
     num_tokens, num_heads, dim = x.shape
-    turn = _turn(dim, cos, interleaved)
-    heads = heads_per_program(num_heads, turn["TILE"])
+    turn = Turn(dim, cos.shape[-1], interleaved)
+    heads = heads_per_program(num_heads, turn.tile)
     _rope_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
         *(out, x, cos, sin, weight, eps, x.stride(0)),
         NUM_HEADS=num_heads,
         HEADS=heads,
         OFFSET=offset,
-        **turn,
-        num_warps=warps(heads * turn["TILE"]),
+        TURN=turn,
+        num_warps=warps(heads * turn.tile),
     )
     return out
 
@@ -253,8 +159,8 @@ def rope_write(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     (num_tokens, num_heads, dim), (num_kv_heads, value_dim) = q.shape, v.shape[1:]
     q_norm, k_norm = (norm or _NO_NORM for norm in norms)
-    turn, value_tile = _turn(dim, cos, interleaved), triton.next_power_of_2(value_dim)
-    tile = max(turn["TILE"], value_tile)
+    turn, value_tile = Turn(dim, cos.shape[-1], interleaved), triton.next_power_of_2(value_dim)
+    tile = max(turn.tile, value_tile)
     heads = heads_per_program(num_heads, tile)
     programs = triton.cdiv(num_heads, heads) + triton.cdiv(num_kv_heads, heads)
     _rope_write_kernel[(num_tokens, programs)](
@@ -268,23 +174,11 @@ def rope_write(
         HEADS=heads,
         Q_OFFSET=q_norm[2],
         K_OFFSET=k_norm[2],
-        **turn,
+        TURN=turn,
         VALUE_TILE=value_tile,
         num_warps=warps(heads * tile),
     )
     return out
-
-
-def _turn(dim: int, cos: Tensor, interleaved: bool) -> dict[str, int]:
-    """The constants of a rotation."""
-    turned = cos.shape[-1]
-    return {
-        "DIM": dim,
-        "TURNED": turned,
-        "INTERLEAVED": interleaved,
-        "RUN": math.gcd(turned // 2, 8),  # neighbours whose other halves are neighbours as well
-        "TILE": triton.next_power_of_2(dim),
-    }
 
 
 def reference(
@@ -329,9 +223,9 @@ def _variant(
     absent = [] if has_norm else ["q_weight", "k_weight"]
     absent += ["key_scales", "value_scales"] if pool == "bf16" else []
     heads = heads_per_program(num_heads, dim)
-    sizes = {"NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "VALUE_DIM": dim, "DIM": dim}
-    tiles = {"HEADS": heads, "RUN": 8, "TILE": dim, "VALUE_TILE": dim, "BLOCK_SIZE": 64}
-    rest = {"LIMIT": 127.0, "Q_OFFSET": 0.0, "K_OFFSET": 0.0, "TURNED": dim, "INTERLEAVED": False}
+    sizes = {"NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "VALUE_DIM": dim}
+    tiles = {"HEADS": heads, "VALUE_TILE": dim, "BLOCK_SIZE": 64}
+    rest = {"LIMIT": 127.0, "Q_OFFSET": 0.0, "K_OFFSET": 0.0, "TURN": Turn(dim, dim, False)}
     return Variant(
         f"rope_write-{pool}-{name}",
         _rope_write_kernel,

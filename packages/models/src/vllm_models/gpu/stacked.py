@@ -27,6 +27,8 @@ class StackedExperts(NamedTuple):
             absent for plain weights.
         layout: Of the planes.
         first: Column of the result where the rows begin.
+        orders: int32 [E, K]: column orders[e, k] of expert e is held as k; absent if all come as
+            they are.
     """
 
     rows: int
@@ -35,6 +37,7 @@ class StackedExperts(NamedTuple):
     planes: tuple[Tensor | None, ...] = (None,) * 6
     layout: Layout | None = None
     first: int = 0
+    orders: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | int | None, ...]:
@@ -70,6 +73,20 @@ def stack_experts(
     low, *others = held.values()
     assert low is not None
     return StackedExperts(rows, columns, low, (*others, table), layout, first), parts
+
+
+def stack_orders(orders: Sequence[Tensor | None], columns: int) -> Tensor | None:
+    """Of every expert, as `StackedExperts` has them.
+
+    Args:
+        orders: Integers [K], or None for columns as they come.
+        columns: K.
+    """
+    given = next((order for order in orders if order is not None), None)
+    if given is None:
+        return None
+    as_they_come = torch.arange(columns, device=given.device)
+    return torch.stack([as_they_come if order is None else order for order in orders]).int()
 
 
 def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:

@@ -19,6 +19,20 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_models.gpu.bisect_bits import threshold_of
+from vllm_models.gpu.brackets import (
+    BEST,
+    FIELDS,
+    LOWEST,
+    PIVOTS,
+    STATS,
+    first_bracket,
+    limits_of,
+    load_bracket,
+    next_bracket,
+    pivots_of,
+    stats_kernel,
+    store_bracket,
+)
 from vllm_models.gpu.launch import Variant
 from vllm_models.gpu.sampling_state import SamplingState, is_cut, weights
 
@@ -26,117 +40,30 @@ _TILE = 4096
 _CHUNK = 512  # of a tile, compared with all pivots at once
 _ROOM = 4096  # logits collected per row; with more, the row itself is bisected
 
-_PIVOTS = tl.constexpr(16)
-_REACH = tl.constexpr(32.0)  # of the first pivots below the best, in units of temperature
-_FIELDS = tl.constexpr(8)  # of a bracket: low, high, above high, least, best, target
-_LOWEST = tl.constexpr(-3.4028234663852886e38)  # of all finite logits
-
 
 @triton.jit
-def _stats_kernel(
-    tile_stats,
-    logits,
-    rows,
-    temperatures,
-    top_ks,
-    top_ps,
-    min_ps,
-    vocab_size,
-    stride,
-    TILE: tl.constexpr,
+def _measured(
+    logits, tile, vocab_size, pivots, best, limits, TILE: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """Largest and smallest finite logit of each tile, and its mass relative to the largest."""
-    place, tile = tl.program_id(0), tl.program_id(1)
-    row = tl.load(rows + place).to(tl.int64)
-    if is_cut(row, temperatures, top_ks, top_ps, min_ps, vocab_size):
-        token_ids = tile * TILE + tl.arange(0, TILE)
-        source = logits + place.to(tl.int64) * stride + token_ids
-        x = tl.load(source, mask=token_ids < vocab_size, other=-float("inf")).to(tl.float32)
-        is_finite = tl.abs(x) < float("inf")
-        best = tl.max(tl.where(is_finite, x, _LOWEST), axis=0)
-        least = tl.min(tl.where(is_finite, x, -_LOWEST), axis=0)
-        mass = weights(tl.where(is_finite, x, best), best, tl.load(temperatures + row))
-        total = tl.sum(tl.where(is_finite, mass, 0.0), axis=0)
-        out = tile_stats + (place * tl.num_programs(1) + tile) * 3
-        tl.store(out, best)
-        tl.store(out + 1, least)
-        tl.store(out + 2, total)
-
-
-@triton.jit
-def _first_bracket(tile_stats, place, num_tiles, temperature, top_k, top_p, vocab_size, TILES):
-    """Everything up to the best logit."""
-    tiles = tl.arange(0, TILES)
-    there = tiles < num_tiles
-    source = tile_stats + (place * num_tiles + tiles) * 3
-    bests = tl.load(source, mask=there, other=_LOWEST)
-    least = tl.min(tl.load(source + 1, mask=there, other=-_LOWEST), axis=0)
-    totals = tl.load(source + 2, mask=there, other=0.0)
-    best = tl.max(bests, axis=0)
-    bests = tl.where(totals > 0, bests, best)
-    total = tl.sum(totals * weights(bests, best, temperature), axis=0)
-    is_counted = (top_k > 0) & (top_k < vocab_size)
-    target = tl.where(is_counted, top_k.to(tl.float32), top_p * total)
-    return -float("inf"), best, 0.0, least, best, target
-
-
-@triton.jit
-def _pivots(low, high, least, best, temperature, IS_FIRST: tl.constexpr):
-    """Values from the lower end of a bracket upwards, the upper end itself not among them.
-
-    The kernel that measures and the one that reads the measures must get the same bits, however
-    their compilations join products and sums: each step here has one rounding.
-    """
-    bottom = tl.maximum(tl.maximum(low, least), tl.maximum(high, 0.0) + _LOWEST)
-    if IS_FIRST:
-        bottom = tl.maximum(bottom, best - _REACH * temperature)
-    bottom = tl.minimum(bottom, high)
-    share = tl.arange(0, _PIVOTS).to(tl.float32) / _PIVOTS
-    return tl.minimum(tl.fma(share, high - bottom, bottom), high)
-
-
-@triton.jit
-def _next_bracket(
-    bracket, measured, place, num_tiles, temperature, WAS_FIRST: tl.constexpr, TILES: tl.constexpr
-):
-    """The narrower bracket that the measures at the pivots of a bracket leave."""
-    low, high, above, least, best, target = _load_bracket(bracket, place)
-    pivots = _pivots(low, high, least, best, temperature, WAS_FIRST)
-    tiles = tl.arange(0, TILES)[None, :]
-    source = measured + (place * num_tiles + tiles) * _PIVOTS + tl.arange(0, _PIVOTS)[:, None]
-    sums = tl.sum(tl.load(source, mask=tiles < num_tiles, other=0.0), axis=1)
-    is_enough = sums < target
-    next_high = tl.min(tl.where(is_enough, pivots, high), axis=0)
-    next_above = tl.max(tl.where(is_enough, sums, above), axis=0)
-    next_low = tl.max(tl.where(is_enough, low, pivots), axis=0)
-    return next_low, next_high, next_above, least, best, target
-
-
-@triton.jit
-def _load_bracket(bracket, place):
-    source = bracket + place * _FIELDS
-    low, high, above = tl.load(source), tl.load(source + 1), tl.load(source + 2)
-    return low, high, above, tl.load(source + 3), tl.load(source + 4), tl.load(source + 5)
-
-
-@triton.jit
-def _store_bracket(bracket, place, low, high, above, least, best, target):
-    out = bracket + place * _FIELDS
-    tl.store(out, low)
-    tl.store(out + 1, high)
-    tl.store(out + 2, above)
-    tl.store(out + 3, least)
-    tl.store(out + 4, best)
-    tl.store(out + 5, target)
+    """How much of a tile of a row's logits is above each pivot."""
+    temperature, _top_k, _top_p, is_counted = limits
+    sums = tl.zeros((PIVOTS, CHUNK), dtype=tl.float32)
+    for first in range(tile * TILE, tl.minimum((tile + 1) * TILE, vocab_size), CHUNK):
+        token_ids = first + tl.arange(0, CHUNK)
+        x = tl.load(logits + token_ids, mask=token_ids < vocab_size, other=-float("inf"))
+        x = x.to(tl.float32)
+        amount = tl.where(is_counted, 1.0, weights(x, best, temperature))
+        sums += tl.where(x[None, :] > pivots[:, None], amount[None, :], 0.0)
+    return tl.sum(sums, axis=1)
 
 
 @triton.jit
 def _measure_kernel(
     measured,
-    bracket,
+    brackets,
     counts,
     previous_measured,
-    previous_bracket,
+    previous_brackets,
     tile_stats,
     logits,
     rows,
@@ -156,41 +83,32 @@ def _measure_kernel(
     num_tiles = tl.num_programs(1)
     row = tl.load(rows + place).to(tl.int64)
     if is_cut(row, temperatures, top_ks, top_ps, min_ps, vocab_size):
-        temperature, top_k = tl.load(temperatures + row), tl.load(top_ks + row)
-        top_p = tl.load(top_ps + row)
+        limits = limits_of(row, temperatures, top_ks, top_ps, vocab_size)
+        temperature, _top_k, top_p, is_counted = limits
         if IS_FIRST:
-            low, high, above, least, best, target = _first_bracket(
-                tile_stats, place, num_tiles, temperature, top_k, top_p, vocab_size, TILES
-            )
+            bracket = first_bracket(tile_stats, place, num_tiles, limits, TILES)
         else:
-            low, high, above, least, best, target = _next_bracket(
-                previous_bracket, previous_measured, place, num_tiles, temperature, True, TILES
+            bracket = next_bracket(
+                previous_brackets, previous_measured, place, num_tiles, temperature, True, TILES
             )
         if tile == 0:
-            _store_bracket(bracket, place, low, high, above, least, best, target)
+            store_bracket(brackets, place, bracket)
             tl.store(counts + place, 0)
-        is_counted = (top_k > 0) & (top_k < vocab_size)
         if is_counted | (top_p < 1):
-            pivots = _pivots(low, high, least, best, temperature, IS_FIRST)
-            sums = tl.zeros((_PIVOTS, CHUNK), dtype=tl.float32)
+            pivots = pivots_of(bracket, temperature, IS_FIRST)
             source = logits + place.to(tl.int64) * stride
-            for first in range(tile * TILE, tl.minimum((tile + 1) * TILE, vocab_size), CHUNK):
-                token_ids = first + tl.arange(0, CHUNK)
-                x = tl.load(source + token_ids, mask=token_ids < vocab_size, other=-float("inf"))
-                x = x.to(tl.float32)
-                amount = tl.where(is_counted, 1.0, weights(x, best, temperature))
-                sums += tl.where(x[None, :] > pivots[:, None], amount[None, :], 0.0)
-            out = measured + (place * num_tiles + tile) * _PIVOTS
-            tl.store(out + tl.arange(0, _PIVOTS), tl.sum(sums, axis=1))
+            sums = _measured(source, tile, vocab_size, pivots, bracket[BEST], limits, TILE, CHUNK)
+            out = measured + (place * num_tiles + tile) * PIVOTS
+            tl.store(out + tl.arange(0, PIVOTS), sums)
 
 
 @triton.jit
 def _collect_kernel(
     collected,
-    bracket,
+    brackets,
     counts,
     previous_measured,
-    previous_bracket,
+    previous_brackets,
     logits,
     rows,
     temperatures,
@@ -205,27 +123,21 @@ def _collect_kernel(
 ):
     """Copy the logits inside the bracket together, in any order."""
     place, tile = tl.program_id(0), tl.program_id(1)
+    num_tiles = tl.num_programs(1)
     row = tl.load(rows + place).to(tl.int64)
-    top_k, top_p = tl.load(top_ks + row), tl.load(top_ps + row)
-    temperature = tl.load(temperatures + row)
-    is_counted = (top_k > 0) & (top_k < vocab_size)
+    limits = limits_of(row, temperatures, top_ks, top_ps, vocab_size)
+    temperature, _top_k, top_p, is_counted = limits
     if (is_counted | (top_p < 1)) & (temperature > 0):
-        low, high, above, least, best, target = _next_bracket(
-            previous_bracket,
-            previous_measured,
-            place,
-            tl.num_programs(1),
-            temperature,
-            False,
-            TILES,
+        bracket = next_bracket(
+            previous_brackets, previous_measured, place, num_tiles, temperature, False, TILES
         )
         if tile == 0:
-            _store_bracket(bracket, place, low, high, above, least, best, target)
-        top = tl.where(is_counted & (top_p < 1), float("inf"), high)
+            store_bracket(brackets, place, bracket)
+        top = tl.where(is_counted & (top_p < 1), float("inf"), bracket[1])
         token_ids = tile * TILE + tl.arange(0, TILE)
         source = logits + place.to(tl.int64) * stride + token_ids
         x = tl.load(source, mask=token_ids < vocab_size, other=-float("inf")).to(tl.float32)
-        is_inside = ((x > low) & (x <= top)).to(tl.int32)
+        is_inside = ((x > bracket[0]) & (x <= top)).to(tl.int32)
         number = tl.sum(is_inside, axis=0)
         if number > 0:
             first = tl.atomic_add(counts + place, number)
@@ -238,8 +150,8 @@ def _collect_kernel(
 def _threshold_kernel(
     thresholds,
     collected,
-    bracket,
-    first_bracket,
+    brackets,
+    first_brackets,
     counts,
     logits,
     rows,
@@ -251,47 +163,28 @@ def _threshold_kernel(
     stride,
     ROOM: tl.constexpr,
 ):
+    """Bisect what was collected, or all logits of a row, and add the floor of min-p."""
     place = tl.program_id(0)
     row = tl.load(rows + place).to(tl.int64)
     if is_cut(row, temperatures, top_ks, top_ps, min_ps, vocab_size):
-        temperature, top_k = tl.load(temperatures + row), tl.load(top_ks + row)
-        top_p, min_p = tl.load(top_ps + row), tl.load(min_ps + row)
-        best = tl.load(first_bracket + place * _FIELDS + 4)
-        is_counted = (top_k > 0) & (top_k < vocab_size)
+        limits = limits_of(row, temperatures, top_ks, top_ps, vocab_size)
+        temperature, _top_k, top_p, is_counted = limits
+        min_p = tl.load(min_ps + row)
+        best = tl.load(first_brackets + place * FIELDS + BEST)
         threshold = best - float("inf")
         if is_counted | (top_p < 1):
-            low, high, above, _least, best, target = _load_bracket(bracket, place)
+            bracket = load_bracket(brackets, place)
             count = tl.load(counts + place)
             if count <= ROOM:
-                above = tl.where(is_counted & (top_p < 1), 0.0, above)
-                threshold = threshold_of(
-                    collected + place.to(tl.int64) * ROOM,
-                    count,
-                    low,
-                    high,
-                    target - above,
-                    best,
-                    temperature,
-                    top_p,
-                    is_counted,
-                    ROOM,
-                )
+                some = collected + place.to(tl.int64) * ROOM
+                above = tl.where(is_counted & (top_p < 1), 0.0, bracket[2])
+                threshold = threshold_of(some, count, bracket, above, limits, ROOM)
             else:
-                threshold = threshold_of(
-                    logits + place.to(tl.int64) * stride,
-                    vocab_size,
-                    low,
-                    high,
-                    target,
-                    best,
-                    temperature,
-                    top_p,
-                    is_counted,
-                    ROOM,
-                )
+                every = logits + place.to(tl.int64) * stride
+                threshold = threshold_of(every, vocab_size, bracket, 0.0, limits, ROOM)
         least_share = tl.log(tl.where(min_p > 0, min_p, 1.0))
         floor = tl.where(min_p > 0, best + temperature * least_share, threshold)
-        threshold = tl.where(best > _LOWEST, tl.maximum(threshold, floor), -float("inf"))
+        threshold = tl.where(best > LOWEST, tl.maximum(threshold, floor), -float("inf"))
         tl.store(thresholds + place, threshold)
 
 
@@ -315,11 +208,11 @@ def find_thresholds(logits: Tensor, rows: Tensor, state: SamplingState) -> Tenso
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(num_rows, *shape, dtype=dtype, device=logits.device)
 
-    tile_stats, counts, thresholds = new(num_tiles, 3), new(dtype=torch.int32), new()
-    measured = [new(num_tiles, _PIVOTS.value) for _ in range(2)]
-    brackets = [new(_FIELDS.value) for _ in range(3)]
+    tile_stats, counts, thresholds = new(num_tiles, STATS.value), new(dtype=torch.int32), new()
+    measured = [new(num_tiles, PIVOTS.value) for _ in range(2)]
+    brackets = [new(FIELDS.value) for _ in range(3)]
     collected = new(_ROOM)
-    _stats_kernel[grid](tile_stats, *shared, TILE=tile, num_warps=8)
+    stats_kernel[grid](tile_stats, *shared, TILE=tile, num_warps=8)
     for i in (0, 1):
         _measure_kernel[grid](
             *(measured[i], brackets[i], counts, measured[0], brackets[0], tile_stats, *shared),
@@ -351,7 +244,7 @@ def variants() -> tuple[Variant, ...]:
         variant
         for dtype in ("fp32", "bf16")
         for variant in (
-            _variant(f"stats-{dtype}", _stats_kernel, dtype, {"TILE": _TILE}, 8),
+            _variant(f"stats-{dtype}", stats_kernel, dtype, {"TILE": _TILE}, 8),
             _variant(f"threshold-{dtype}", _threshold_kernel, dtype, {"ROOM": _ROOM}, 8),
             *(v for size in sorted(sizes) for v in _of_tiles(dtype, *size)),
         )
@@ -361,18 +254,12 @@ def variants() -> tuple[Variant, ...]:
 def _of_tiles(dtype: str, vocab_size: int, tiles: int) -> tuple[Variant, ...]:
     """The kernels that read what every tile measured."""
     name, shared = f"{vocab_size}-{dtype}", {"TILE": _TILE, "TILES": tiles}
-    passes = (("first", True), ("second", False))
+    first, second = (
+        {"IS_FIRST": is_first, "CHUNK": _CHUNK, **shared} for is_first in (True, False)
+    )
     return (
-        *(
-            _variant(
-                f"measure_{which}-{name}",
-                _measure_kernel,
-                dtype,
-                {"IS_FIRST": is_first, "CHUNK": _CHUNK, **shared},
-                4,
-            )
-            for which, is_first in passes
-        ),
+        _variant(f"measure_first-{name}", _measure_kernel, dtype, first, 4),
+        _variant(f"measure_second-{name}", _measure_kernel, dtype, second, 4),
         _variant(f"collect-{name}", _collect_kernel, dtype, {"ROOM": _ROOM, **shared}, 8),
     )
 
