@@ -49,6 +49,7 @@ SHAPES = {
     "decodes": Shape(BF16, 2, 2, 128, 128, 16, ((1, 9), (1, 300), (1, 1), (1, 517))),
     "decodes-f32": Shape(F32, 2, 2, 64, 64, 16, ((1, 9), (1, 300), (1, 1), (1, 517))),
     "decodes-wide-group": Shape(BF16, 1, 20, 64, 64, 32, ((1, 257), (2, 40))),
+    "decodes-group-of-eight": Shape(BF16, 2, 8, 112, 112, 32, ((1, 700), (3, 290))),
     "prompt": Shape(BF16, 2, 3, 96, 96, 16, ((70, 70),)),
     "prompt-f32": Shape(F32, 1, 8, 80, 80, 64, ((70, 70),)),
     "chunk-of-a-prompt": Shape(F32, 2, 2, 64, 64, 16, ((37, 600), (5, 261))),
@@ -163,6 +164,23 @@ def test_a_query_alone_gives_the_same_bits_as_in_a_batch(library: Library, name:
             alone = run(library, shape, case, spans=span, q=case.q[place + index][None])
             assert torch.equal(alone[0], whole[place + index])
         place += num_queries
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if not name.endswith("int8")])
+def test_int8_reads_as_the_same_numbers_in_the_type_of_the_queries(
+    library: Library, name: str
+) -> None:
+    shape = SHAPES[name]
+    case = make(library, shape)
+    wide = tuple(
+        KVSide((side.data.nan_to_num() * 40).round().clamp(-128, 127)) for side in case.packed
+    )
+    narrow = tuple(
+        KVSide(side.data.to(torch.int8), torch.ones(*side.data.shape[:2], shape.block_size))
+        for side in wide
+    )
+    first, second = (run(library, shape, case._replace(packed=kv)) for kv in (wide, narrow))
+    assert first.abs().max() > 1 and torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", ["decodes", "chunk-of-a-prompt", "window-of-chunks", "sinks"])

@@ -37,6 +37,11 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def uneven(*shape: int) -> Tensor:
+    """Numbers some of whose columns are thousands of times as large as others."""
+    return numbers(*shape) * 2.0 ** (numbers(shape[-1], seed=1) * 3).round()
+
+
 def random_blocks(kind: str, outputs: int, per_row: int) -> Tensor:
     """Blocks of random codes with scales of the usual size: [outputs, bytes]."""
     random = torch.Generator().manual_seed(BLOCK_TYPES[kind])
@@ -87,7 +92,7 @@ def test_a_row_has_the_same_bits_in_every_batch_and_with_any_number_of_threads(
     library: Library, kind: str
 ) -> None:
     packed = packed_of(library, kind, 130, 3)
-    x = numbers(max(ROWS), packed.columns).bfloat16()
+    x = uneven(max(ROWS), packed.columns).bfloat16()
     whole = packed.matmul(x)
     before = torch.get_num_threads()
     try:
@@ -152,8 +157,26 @@ def test_quantized_activations_are_near_and_keep_zeros_and_extremes() -> None:
     assert (rounded[1] == 0).all()
     assert rounded[2, 40] == 1000
     steps = torch.nn.functional.pad(x, (0, 26)).unflatten(1, (-1, 32)).abs().amax(-1) / 127
+    steps[2, [0, 2]] *= 2  # powers of two of the step of the largest
+    steps[0] = steps[0].amax()
     near = steps.repeat_interleave(32, 1)[:, :70] * 0.5001
     assert ((rounded - x).abs() <= near).all()
+
+
+def test_small_activations_beside_large_ones_keep_their_precision() -> None:
+    x = uneven(40, 768)
+    steps = x.unflatten(1, (-1, 32)).abs().amax(-1, keepdim=True) / 127
+    near = steps.expand(40, 24, 32).flatten(1) * 1.0001
+    assert ((round_activations(x) - x).abs() <= near).all()
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q4_1", "Q4_K", "Q6_K"])
+def test_uneven_activations_cost_no_more_than_their_rounding(library: Library, kind: str) -> None:
+    packed = packed_of(library, kind, 130, 768 // block_size(GgmlType[kind]))
+    x = uneven(40, 768)
+    exact = x.double() @ packed.dequantize().double().T
+    rounding = (reference(packed, x) - exact).norm()
+    assert (packed.matmul(x).double() - exact).norm() <= 1.01 * rounding
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -9,7 +9,10 @@
 #define CHUNK 256   /* positions */
 #define MAX_DIM 576 /* of a key or value head */
 #define ENOUGH 4    /* tasks per thread, below which contexts are split */
-#define EXPANDED 4  /* tiles of int8 that become elements at once: little enough for the first cache */
+#define SUMS 16     /* vectors of scores or values summed at once */
+#define COMING 8    /* tiles known ahead of those that are read */
+/* How far ahead tiles are asked for: memory takes so long to answer that fewer come late. */
+#define AHEAD(is_int8) ((is_int8) ? COMING : COMING / 2)
 
 /* What is the same for a whole call. */
 struct attention {
@@ -32,7 +35,7 @@ struct task {
     int64_t kv_head, row;    /* row = query * group + head within the group */
     int64_t begin, end;      /* positions that any of the rows sees */
     int64_t first_item, memory;
-    int rows;
+    int rows, is_last;
 };
 
 struct plan {
@@ -50,16 +53,48 @@ struct partial {
 
 /* Where the keys or values of a chunk are, by tile. */
 struct tiles {
-    const char *data[CHUNK / WIDTH];
+    const char *data[CHUNK / WIDTH + COMING]; /* and those that are read next */
     const float *scales[CHUNK / WIDTH]; /* if they are int8 */
     int is_int8;
 };
 
-INLINE void find_tile(struct tiles *tiles, int tile, const void *data, const float *scales,
-                      int64_t position, int64_t bytes) {
-    tiles->data[tile] = (const char *)data + position * bytes;
-    tiles->scales[tile] = scales ? scales + position : 0;
-    tiles->is_int8 = scales != 0;
+/* Where the token at a position stands among those of all blocks and heads. */
+INLINE int64_t place_of(const struct attention *a, const struct task *t, int64_t position) {
+    int64_t block = t->table[position / a->block_size] * a->num_kv_heads + t->kv_head;
+    return block * a->block_size + position % a->block_size;
+}
+
+/* The tiles of a chunk that begins at `origin`. Behind its keys its values are read, and behind these
+   the keys of the next chunk, or of the next task. */
+static void find_tiles(const struct attention *a, const struct task *t, int64_t origin, int first,
+                       int last, int64_t bytes, struct tiles *keys, struct tiles *values) {
+    const int64_t key_bytes = a->key_dim * bytes, value_bytes = a->value_dim * bytes;
+    const char *all_keys = a->keys, *all_values = a->values;
+    keys->is_int8 = values->is_int8 = a->key_scales != 0;
+    for (int tile = first; tile < last; tile++) {
+        const int64_t place = place_of(a, t, origin + tile * WIDTH);
+        keys->data[tile] = all_keys + place * key_bytes;
+        values->data[tile] = all_values + place * value_bytes;
+        if (!keys->is_int8) continue;
+        keys->scales[tile] = a->key_scales + place;
+        values->scales[tile] = a->value_scales + place;
+    }
+    int64_t next = origin + CHUNK;
+    if (next >= t->end && !t->is_last) t++, next = t->begin / WIDTH * WIDTH;
+    for (int i = 0; i < COMING; i++, next += WIDTH) {
+        const int64_t place = place_of(a, t, next < t->end ? next : (t->end - 1) / WIDTH * WIDTH);
+        keys->data[last + i] = values->data[first + i < last ? first + i : last - 1];
+        values->data[last + i] = all_keys + place * key_bytes;
+    }
+}
+
+/* Rows computed at once of those that are left. */
+INLINE int rows_at_once(int left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+
+/* Units of work that a thread takes at once: what follows is asked for ahead. */
+static int in_a_row(const struct attention *a, int64_t units) {
+    const int64_t share = units / (ENOUGH * a->num_threads);
+    return share > 8 ? 8 : share > 1 ? (int)share : 1;
 }
 
 INLINE struct partial partial_in(float *memory, int rows) {
@@ -107,7 +142,7 @@ static int make_plan(const struct attention *a, const int64_t *spans, int64_t nu
                 int64_t last = row + ROWS < rows ? row + ROWS : rows;
                 t->table = a->tables + spans[3 * s] * a->table_width;
                 t->place = place, t->position = context - queries;
-                t->kv_head = kv_head, t->row = row, t->rows = (int)(last - row);
+                t->kv_head = kv_head, t->row = row, t->rows = (int)(last - row), t->is_last = 0;
                 int64_t first = t->position + row / a->group + 1;
                 t->begin = a->window && first > a->window ? first - a->window : 0;
                 t->end = t->position + (last - 1) / a->group + 1;
@@ -118,6 +153,7 @@ static int make_plan(const struct attention *a, const int64_t *spans, int64_t nu
             }
         place += queries;
     }
+    if (num_tasks) t[-1].is_last = 1;
     plan->tasks = tasks, plan->num_tasks = num_tasks, plan->num_items = num_items;
     plan->is_split = num_tasks < ENOUGH * a->num_threads && num_items > num_tasks;
     if (!plan->is_split) return 1;
@@ -140,7 +176,8 @@ static int make_plan(const struct attention *a, const int64_t *spans, int64_t nu
 #define DOT vf_dot_bf16
 #define element uint16_t
 #define FROM_FLOAT float_to_bf16
-#define STORE_INT8(to, from) vb_store(to, vb_bf16_of_int8(from))
+#define STORE vf_store_bf16
+#define LOAD_INT8 vb_bf16_of_int8
 #include "attention.h"
 
 #define SUFFIX f32
@@ -148,5 +185,6 @@ static int make_plan(const struct attention *a, const int64_t *spans, int64_t nu
 #define DOT vf_dot_f32
 #define element float
 #define FROM_FLOAT(x) (x)
-#define STORE_INT8(to, from) vf_store(to, vf_load_i8(from))
+#define STORE vf_store
+#define LOAD_INT8 vb_f32_of_int8
 #include "attention.h"

@@ -5,7 +5,8 @@
      DOT      a + unit products, see simd.h
      element  the type of queries, keys, values and answers
      FROM_FLOAT  float to element
-     STORE_INT8  a vector of int8 to elements, which hold them exactly
+     STORE    a vector of floats to elements
+     LOAD_INT8  a vector of units from int8, which elements hold exactly
 
    KV of a block, with D and W the widths of key and value and units of PER elements:
 
@@ -13,64 +14,62 @@
      values  [K, P/PER, W] units: one vector holds PER neighbouring tokens of 16 components
 
    so neither product needs a sum across lanes. KV of int8 is in the same order with a byte in the
-   place of an element, beside scales [K, P]: a few tiles at a time become elements, scores are
-   multiplied by the scales of their keys, and weights by those of their values. A row is one query of one head; rows that share a
-   KV head are computed together, up to ROWS of them. Every row walks its context in chunks of CHUNK
-   absolute positions; each chunk gives a maximum, a sum and a weighted value, and these are merged
-   in the order of the chunks. Which rows stand beside a row, and whether its chunks are computed
-   by one thread or by several, changes no bit. */
+   place of an element, beside scales [K, P]: a vector becomes elements on its way from memory, scores
+   are multiplied by the scales of their keys, and weights by those of their values. A row is one
+   query of one head; rows that share a KV head are computed together, up to ROWS of them. Every row
+   walks its context in chunks of CHUNK absolute positions; each chunk gives a maximum, a sum and a
+   weighted value, and these are merged in the order of the chunks. Which rows stand beside a row,
+   and whether its chunks are computed by one thread or by several, changes no bit. */
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 #define NAME(name) JOIN(name, SUFFIX)
 
-/* Scores of 16 tokens for `rows` rows. */
-INLINE void NAME(score)(const uint32_t *keys, const uint32_t *q, int64_t units, const int rows,
-                        float *scores) {
-    vfloat a[8];
-    for (int r = 0; r < rows; r++) a[r] = vf_zero();
-    for (int64_t u = 0; u < units; u++) {
-        vbytes k = vb_load(keys + u * WIDTH);
-        for (int r = 0; r < rows; r++) a[r] = DOT(a[r], k, q[r * units + u]);
-    }
-    for (int r = 0; r < rows; r++) vf_store(scores + r * CHUNK, a[r]);
+/* A vector of a tile's units. */
+INLINE vbytes NAME(load)(const char *tile, int64_t vector, const int is_int8) {
+    return is_int8 ? LOAD_INT8(tile + vector * WIDTH * PER) : vb_load(tile + vector * WIDTH * 4);
 }
 
-/* Two tiles at once, so that few rows do not wait for their own sums. */
-INLINE void NAME(score_pair)(const uint32_t *const *tiles, int left, const uint32_t *q, int64_t units,
-                             const int rows, float *scores) {
-    const uint32_t *first = tiles[0], *second = tiles[1];
-    const uint32_t *third = tiles[left > 2 ? 2 : 0], *fourth = tiles[left > 3 ? 3 : 0];
-    vfloat a[4], b[4];
-    for (int r = 0; r < rows; r++) a[r] = b[r] = vf_zero();
+/* Ask for a vector of a tile that comes later. Most are read once, so the larger caches are spared. */
+INLINE void NAME(prefetch)(const char *tile, int64_t vector, const int is_int8) {
+    __builtin_prefetch(tile + vector * WIDTH * (is_int8 ? PER : 4), 0, 0);
+}
+
+/* Scores of 16 tokens in each of `side` tiles for `rows` rows: sums enough that none is waited for. */
+INLINE void NAME(score)(const char *const *tiles, const uint32_t *q, int64_t units, const int rows,
+                        const int side, const int is_int8, float *scores) {
+    vfloat a[8][4];
+    for (int r = 0; r < rows; r++)
+        for (int s = 0; s < side; s++) a[r][s] = vf_zero();
     for (int64_t u = 0; u < units; u++) {
-        vbytes k = vb_load(first + u * WIDTH), l = vb_load(second + u * WIDTH);
-        __builtin_prefetch(third + u * WIDTH);
-        __builtin_prefetch(fourth + u * WIDTH);
-        for (int r = 0; r < rows; r++) {
-            a[r] = DOT(a[r], k, q[r * units + u]);
-            b[r] = DOT(b[r], l, q[r * units + u]);
+        vbytes k[4];
+#pragma GCC unroll 4
+        for (int s = 0; s < side; s++) {
+            k[s] = NAME(load)(tiles[s], u, is_int8);
+            NAME(prefetch)(tiles[s + AHEAD(is_int8)], u, is_int8);
         }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int s = 0; s < side; s++) a[r][s] = DOT(a[r][s], k[s], q[r * units + u]);
     }
-    for (int r = 0; r < rows; r++) {
-        vf_store(scores + r * CHUNK, a[r]);
-        vf_store(scores + r * CHUNK + WIDTH, b[r]);
-    }
+    for (int r = 0; r < rows; r++)
+        for (int s = 0; s < side; s++) vf_store(scores + r * CHUNK + s * WIDTH, a[r][s]);
 }
 
-/* value[r] += weights[r] * values, for `vectors` vectors of components and `rows` rows. */
-INLINE void NAME(weigh)(const uint32_t *const *values, const uint32_t *weights, int first, int last,
-                        int64_t width, const int rows, const int vectors, float *value) {
-    vfloat a[4][4];
+/* value[r] += weights[r] * values, for `vectors` vectors of components from `begin` on. */
+INLINE void NAME(weigh)(const char *const *values, const uint32_t *weights, int first, int last,
+                        int64_t width, int64_t begin, const int rows, const int vectors,
+                        const int is_int8, float *value) {
+    vfloat a[8][8];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) a[r][v] = vf_load(value + r * width + v * WIDTH);
     for (int tile = first; tile < last; tile++) {
-        const uint32_t *next = values[tile + (tile + 1 < last)];
         for (int u = 0; u < WIDTH / PER; u++) {
-            const uint32_t *token = values[tile] + u * width;
+            const int64_t token = u * (width / WIDTH) + begin;
             for (int v = 0; v < vectors; v++) {
-                vbytes w = vb_load(token + v * WIDTH);
-                __builtin_prefetch(next + u * width + v * WIDTH);
+                vbytes w = NAME(load)(values[tile], token + v, is_int8);
+                NAME(prefetch)(values[tile + AHEAD(is_int8)], token + v, is_int8);
                 for (int r = 0; r < rows; r++)
                     a[r][v] = DOT(a[r][v], w, weights[r * (CHUNK / PER) + tile * (WIDTH / PER) + u]);
             }
@@ -80,108 +79,82 @@ INLINE void NAME(weigh)(const uint32_t *const *values, const uint32_t *weights, 
         for (int v = 0; v < vectors; v++) vf_store(value + r * width + v * WIDTH, a[r][v]);
 }
 
-/* Tiles of int8 as elements at `to`: their places are `expanded`. Those up to `end` come next. */
-static void NAME(expand)(const struct tiles *tiles, int first, int last, int end, int64_t count,
-                         element *to, const uint32_t **expanded) {
-    for (int tile = first; tile < last; tile++, to += count) {
-        const char *from = tiles->data[tile];
-        const char *next = tiles->data[tile + EXPANDED < end ? tile + EXPANDED : tile];
-        for (int64_t i = 0; i < count; i += WIDTH * PER) {
-            __builtin_prefetch(next + i);
-            STORE_INT8(to + i, from + i);
-        }
-        expanded[tile] = (const uint32_t *)to;
-    }
+/* Scores of the rows and tiles that are left, `rows` rows at once. */
+INLINE void NAME(score_tiles)(const struct tiles *keys, const uint32_t *q, int first, int last,
+                              int64_t units, const int rows, const int is_int8, float *scores) {
+    const int side = rows * 4 <= SUMS ? 4 : SUMS / rows;
+    int tile = first;
+    for (; tile + side <= last; tile += side)
+        NAME(score)(keys->data + tile, q, units, rows, side, is_int8, scores + tile * WIDTH);
+    for (; tile < last; tile++)
+        NAME(score)(keys->data + tile, q, units, rows, 1, is_int8, scores + tile * WIDTH);
 }
 
-static void NAME(all_scores)(const uint32_t *const *keys, const uint32_t *q, int first, int last,
-                             int64_t units, int rows, float *scores) {
-    for (int r = 0; r < rows;) {
+INLINE void NAME(all_scores)(const struct tiles *keys, const uint32_t *q, int first, int last,
+                             int64_t units, int rows, const int is_int8, float *scores) {
+    for (int r = 0, step; r < rows; r += step) {
         const uint32_t *rest = q + r * units;
         float *out = scores + r * CHUNK;
-        int left = rows - r, tile = first;
-        if (left >= 8) {
-            for (; tile < last; tile++) NAME(score)(keys[tile], rest, units, 8, out + tile * WIDTH);
-            r += 8;
-        } else if (left >= 4) {
-            for (; tile + 1 < last; tile += 2)
-                NAME(score_pair)(keys + tile, last - tile, rest, units, 4, out + tile * WIDTH);
-            if (tile < last) NAME(score)(keys[tile], rest, units, 4, out + tile * WIDTH);
-            r += 4;
-        } else if (left >= 2) {
-            for (; tile + 1 < last; tile += 2)
-                NAME(score_pair)(keys + tile, last - tile, rest, units, 2, out + tile * WIDTH);
-            if (tile < last) NAME(score)(keys[tile], rest, units, 2, out + tile * WIDTH);
-            r += 2;
-        } else {
-            for (; tile + 1 < last; tile += 2)
-                NAME(score_pair)(keys + tile, last - tile, rest, units, 1, out + tile * WIDTH);
-            if (tile < last) NAME(score)(keys[tile], rest, units, 1, out + tile * WIDTH);
-            r += 1;
-        }
+        step = rows_at_once(rows - r);
+        if (step == 8) NAME(score_tiles)(keys, rest, first, last, units, 8, is_int8, out);
+        else if (step == 4) NAME(score_tiles)(keys, rest, first, last, units, 4, is_int8, out);
+        else if (step == 2) NAME(score_tiles)(keys, rest, first, last, units, 2, is_int8, out);
+        else NAME(score_tiles)(keys, rest, first, last, units, 1, is_int8, out);
     }
 }
 
-static void NAME(all_weighted)(const uint32_t *const *values, const uint32_t *weights, int first,
-                               int last, int64_t width, int rows, float *value) {
-    for (int r = 0; r < rows;) {
+/* Values of `rows` rows, as many components at once as there are registers for their sums. */
+INLINE void NAME(weigh_tiles)(const struct tiles *values, const uint32_t *weights, int first, int last,
+                              int64_t width, const int rows, const int is_int8, float *value) {
+    const int most = rows * 8 <= SUMS ? 8 : SUMS / rows;
+    for (int64_t v = 0, vectors; v < width / WIDTH; v += vectors) {
+        const int64_t left = width / WIDTH - v;
+        float *out = value + v * WIDTH;
+        vectors = left >= most ? most : most == 8 && left >= 4 ? 4 : 1;
+        if (vectors == most)
+            NAME(weigh)(values->data, weights, first, last, width, v, rows, most, is_int8, out);
+        else if (most == 8 && vectors == 4)
+            NAME(weigh)(values->data, weights, first, last, width, v, rows, 4, is_int8, out);
+        else
+            NAME(weigh)(values->data, weights, first, last, width, v, rows, 1, is_int8, out);
+    }
+}
+
+INLINE void NAME(all_weighted)(const struct tiles *values, const uint32_t *weights, int first,
+                               int last, int64_t width, int rows, const int is_int8, float *value) {
+    for (int r = 0, step; r < rows; r += step) {
         const uint32_t *rest = weights + r * (CHUNK / PER);
         float *out = value + r * width;
-        int step = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
-        for (int64_t d = 0; d < width;) {
-            const uint32_t *shifted[CHUNK / WIDTH];
-            for (int tile = first; tile < last; tile++) shifted[tile] = values[tile] + d;
-            int wide = width - d >= 4 * WIDTH;
-            if (step == 4 && wide) NAME(weigh)(shifted, rest, first, last, width, 4, 4, out + d);
-            else if (step == 4) NAME(weigh)(shifted, rest, first, last, width, 4, 1, out + d);
-            else if (step == 2 && wide) NAME(weigh)(shifted, rest, first, last, width, 2, 4, out + d);
-            else if (step == 2) NAME(weigh)(shifted, rest, first, last, width, 2, 1, out + d);
-            else if (wide) NAME(weigh)(shifted, rest, first, last, width, 1, 4, out + d);
-            else NAME(weigh)(shifted, rest, first, last, width, 1, 1, out + d);
-            d += wide ? 4 * WIDTH : WIDTH;
-        }
-        r += step;
+        step = rows_at_once(rows - r);
+        if (step == 8) NAME(weigh_tiles)(values, rest, first, last, width, 8, is_int8, out);
+        else if (step == 4) NAME(weigh_tiles)(values, rest, first, last, width, 4, is_int8, out);
+        else if (step == 2) NAME(weigh_tiles)(values, rest, first, last, width, 2, is_int8, out);
+        else NAME(weigh_tiles)(values, rest, first, last, width, 1, is_int8, out);
     }
 }
 
 /* Scores of a chunk's keys, whatever they are stored as. */
 static void NAME(score_chunk)(const struct attention *a, const struct tiles *keys, const uint32_t *q,
                               int first, int last, int rows, float *scores) {
-    const uint32_t *places[CHUNK / WIDTH];
     const int64_t units = a->key_dim / PER;
-    for (int tile = first; tile < last; tile++) places[tile] = (const uint32_t *)keys->data[tile];
     if (!keys->is_int8) {
-        NAME(all_scores)(places, q, first, last, units, rows, scores);
+        NAME(all_scores)(keys, q, first, last, units, rows, 0, scores);
         return;
     }
-    element __attribute__((aligned(64))) numbers[EXPANDED * WIDTH * MAX_DIM];
-    for (int tile = first, next; tile < last; tile = next) {
-        next = tile + EXPANDED < last ? tile + EXPANDED : last;
-        NAME(expand)(keys, tile, next, last, WIDTH * a->key_dim, numbers, places);
-        NAME(all_scores)(places, q, tile, next, units, rows, scores);
-        for (int i = tile; i < next; i++)
-            for (int r = 0; r < rows; r++) {
-                float *some = scores + r * CHUNK + i * WIDTH;
-                vf_store(some, vf_mul(vf_load(some), vf_load(keys->scales[i])));
-            }
-    }
+    NAME(all_scores)(keys, q, first, last, units, rows, 1, scores);
+    for (int r = 0; r < rows; r++)
+        for (int tile = first; tile < last; tile++) {
+            float *some = scores + r * CHUNK + tile * WIDTH;
+            vf_store(some, vf_mul(vf_load(some), vf_load(keys->scales[tile])));
+        }
 }
 
 /* value += weights * values of a chunk, whatever they are stored as. */
 static void NAME(weigh_chunk)(const struct attention *a, const struct tiles *values,
                               const uint32_t *weights, int first, int last, int rows, float *value) {
-    const uint32_t *places[CHUNK / WIDTH];
-    for (int tile = first; tile < last; tile++) places[tile] = (const uint32_t *)values->data[tile];
-    if (!values->is_int8) {
-        NAME(all_weighted)(places, weights, first, last, a->value_dim, rows, value);
-        return;
-    }
-    element __attribute__((aligned(64))) numbers[EXPANDED * WIDTH * MAX_DIM];
-    for (int tile = first, next; tile < last; tile = next) {
-        next = tile + EXPANDED < last ? tile + EXPANDED : last;
-        NAME(expand)(values, tile, next, last, WIDTH * a->value_dim, numbers, places);
-        NAME(all_weighted)(places, weights, tile, next, a->value_dim, rows, value);
-    }
+    const int64_t width = a->value_dim;
+    if (values->is_int8) NAME(all_weighted)(values, weights, first, last, width, rows, 1, value);
+    else NAME(all_weighted)(values, weights, first, last, width, rows, 0, value);
 }
 
 /* Scores to weights: what one row sees of a chunk is [begin, end). */
@@ -209,33 +182,25 @@ static void NAME(soften)(const struct attention *a, const struct tiles *values, 
         vf_store(scores + tile * WIDTH, vf_exp(vf_add(vf_load(scores + tile * WIDTH), minus)));
     for (int i = first * WIDTH; i < begin; i++) scores[i] = 0.0f;
     for (int i = end; i < last * WIDTH; i++) scores[i] = 0.0f;
-    for (int tile = first; tile < last; tile++)
-        total = vf_add(total, vf_load(scores + tile * WIDTH));
-    *sum = vf_sum(total);
-    for (int tile = first; values->is_int8 && tile < last; tile++) {
-        vfloat kept = vf_load(scores + tile * WIDTH);
-        vf_store(scores + tile * WIDTH, vf_mul(kept, vf_load(values->scales[tile])));
+    for (int tile = first; tile < last; tile++) {
+        vfloat weight = vf_load(scores + tile * WIDTH);
+        total = vf_add(total, weight);
+        if (values->is_int8) weight = vf_mul(weight, vf_load(values->scales[tile]));
+        STORE((element *)weights + tile * WIDTH, weight);
     }
-    element *pieces = (element *)weights;
-    for (int i = first * WIDTH; i < last * WIDTH; i++) pieces[i] = FROM_FLOAT(scores[i]);
+    *sum = vf_sum(total);
 }
 
 static void NAME(chunk)(const struct attention *a, const struct task *t, int64_t chunk,
                         const uint32_t *q, struct partial *out) {
-    const int64_t origin = chunk * CHUNK, bytes = a->key_scales ? 1 : sizeof(element);
+    const int64_t origin = chunk * CHUNK;
     const int64_t from = t->begin > origin ? t->begin - origin : 0;
     const int64_t to = t->end - origin < CHUNK ? t->end - origin : CHUNK;
     const int first = (int)(from / WIDTH), last = (int)((to + WIDTH - 1) / WIDTH);
     struct tiles keys, values;
     float scores[ROWS * CHUNK];
     uint32_t weights[ROWS * CHUNK / PER];
-    for (int tile = first; tile < last; tile++) {
-        int64_t position = origin + tile * WIDTH;
-        int64_t block = t->table[position / a->block_size] * a->num_kv_heads + t->kv_head;
-        int64_t place = block * a->block_size + position % a->block_size;
-        find_tile(&keys, tile, a->keys, a->key_scales, place, a->key_dim * bytes);
-        find_tile(&values, tile, a->values, a->value_scales, place, a->value_dim * bytes);
-    }
+    find_tiles(a, t, origin, first, last, a->key_scales ? 1 : sizeof(element), &keys, &values);
     NAME(score_chunk)(a, &keys, q, first, last, t->rows, scores);
     for (int r = 0; r < t->rows; r++) {
         int64_t position = t->position + (t->row + r) / a->group;
@@ -318,7 +283,7 @@ int NAME(attention_)(const struct attention *a, const int64_t *spans, int64_t nu
     if (!make_plan(a, spans, num_spans, &plan)) return 0;
 #pragma omp parallel
     if (plan.is_split) {
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, in_a_row(a, plan.num_items))
         for (int64_t i = 0; i < plan.num_items; i++) {
             struct task *t = plan.tasks + plan.items[i];
             int64_t number = i - t->first_item;
@@ -329,7 +294,7 @@ int NAME(attention_)(const struct attention *a, const int64_t *spans, int64_t nu
         for (int64_t i = 0; i < plan.num_tasks; i++)
             NAME(finish)(a, plan.tasks + i, plan.memory + plan.tasks[i].memory);
     } else {
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, in_a_row(a, plan.num_tasks))
         for (int64_t i = 0; i < plan.num_tasks; i++) NAME(run_task)(a, plan.tasks + i);
     }
     free(plan.tasks);
@@ -341,7 +306,8 @@ int NAME(attention_)(const struct attention *a, const int64_t *spans, int64_t nu
 #undef DOT
 #undef element
 #undef FROM_FLOAT
-#undef STORE_INT8
+#undef STORE
+#undef LOAD_INT8
 #undef NAME
 #undef JOIN
 #undef JOIN_

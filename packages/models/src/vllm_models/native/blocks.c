@@ -1,63 +1,10 @@
 /* y = x W^T + b with quantized weights (formats.h).
 
-   Activations are quantized to int8 in groups of 32 columns, once per call for all weights that are
-   multiplied by them. Products of codes are summed exactly as integers within a group; groups are
-   added in float32, front to back. */
-#include <math.h>
-
+   Activations are quantized to int8, once per call for all weights that are multiplied by them.
+   Products of codes are summed exactly as integers within a group; the groups of a piece, and then the
+   pieces, are added in float32, front to back. */
 #include "blocks.h"
 #include "segments.h"
-
-/* Quantize one run. What is not finite makes the scale so, and with it every result of the row. */
-static void quantize_run(const float *restrict x, int8_t *restrict codes, float *restrict scale,
-                         int32_t *restrict sums, float *restrict low) {
-    uint32_t largest = 0;
-    for (int i = 0; i < RUN; i++) {
-        uint32_t magnitude = float_bits(x[i]) & 0x7fffffff;
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    const float limit = float_of_bits(largest);
-    const float inverse = limit > 1e-30f && limit < INFINITY ? 127.0f / limit : 0.0f;
-    *scale = limit / 127.0f;
-    int32_t rounded[RUN];
-    for (int i = 0; i < RUN; i++) rounded[i] = (int32_t)rintf(x[i] * inverse);
-    if (inverse == 0.0f) memset(rounded, 0, sizeof rounded);
-    for (int i = 0; i < RUN; i++) codes[i] = (int8_t)rounded[i];
-    for (int half = 0; half < 2; half++) {
-        int32_t sum = 0;
-        for (int i = 0; i < 16; i++) sum += rounded[half * 16 + i];
-        sums[half] = sum;
-    }
-    *low = *scale * (float)(sums[0] + sums[1]);
-}
-
-/* One run of a row in float32, with zeros after its end. */
-INLINE void load_run(const matrix *x, int64_t place, int64_t count, float *restrict to) {
-    uint16_t halves[RUN] = {0}; /* zero is the same in both types */
-    if (x->type == FLOAT32) {
-        if (count < RUN) memset(to, 0, RUN * sizeof *to);
-        memcpy(to, (const float *)x->data + place, (size_t)count * sizeof *to);
-        return;
-    }
-    memcpy(halves, (const uint16_t *)x->data + place, (size_t)count * sizeof *halves);
-    for (int i = 0; i < RUN; i++) to[i] = bf16_to_float(halves[i]);
-}
-
-/* One piece of a row of x, as part of a row of the activations. */
-static void quantize_piece(const activations *a, const matrix *x, int64_t from, int64_t row,
-                           int64_t first, int64_t columns) {
-    for (int64_t run = first / RUN; run < (first + PIECE) / RUN; run++) {
-        float values[RUN];
-        int64_t place = from * x->stride + run * RUN, number = row * (a->columns / RUN) + run;
-        int64_t count = smaller(RUN, columns - run * RUN);
-        if (count == RUN) /* a known number, so that the compiler makes no loop of it */
-            load_run(x, place, RUN, values);
-        else
-            load_run(x, place, count > 0 ? count : 0, values);
-        quantize_run(values, a->codes + number * RUN, a->scales + number, a->sums + number * 2,
-                     a->lows + number);
-    }
-}
 
 /* Multiply one panel. */
 static void panel_of(const blocks_weight *w, int64_t panel, const activations *a, int64_t first,
@@ -76,14 +23,18 @@ static void panel_of(const blocks_weight *w, int64_t panel, const activations *a
 
 /* Memory for the activations of a call, behind `before` bytes of something else. */
 static activations room_for(int64_t rows, int64_t columns, size_t before) {
-    activations a = {NULL, NULL, NULL, NULL, divide_up(columns, PIECE) * PIECE};
-    int64_t numbers = rows * a.columns;
-    int8_t *memory = scratch(before + (size_t)(numbers + numbers / RUN * 8 + numbers / 16 * 4));
+    activations a = {NULL, NULL, NULL, {NULL, NULL}, NULL, {NULL, NULL}, divide_up(columns, PIECE) * PIECE};
+    int64_t runs = rows * a.columns / RUN, pieces = rows * a.columns / PIECE;
+    int8_t *memory = scratch(before + (size_t)(runs * (4 + 12 + 4 + 6 + RUN) + pieces * 4));
     if (memory != NULL) {
         a.scales = (float *)(memory + before);
-        a.lows = a.scales + numbers / RUN;
-        a.sums = (int32_t *)(a.lows + numbers / RUN);
-        a.codes = (int8_t *)(a.sums + numbers / 16);
+        a.powers = a.scales + pieces;
+        a.lows = a.powers + runs;
+        a.sums[0] = (int32_t *)(a.lows + runs);
+        a.sums[1] = a.sums[0] + runs;
+        a.whole_lows[0] = (int16_t *)(a.sums[1] + 2 * runs);
+        a.whole_lows[1] = a.whole_lows[0] + runs;
+        a.codes = (int8_t *)(a.whole_lows[1] + 2 * runs);
     }
     return a;
 }

@@ -1,9 +1,9 @@
 """Quantized weights: GGUF blocks, or codes with a scale and a zero per group, repacked for the
 kernel (formats.h says how).
 
-Activations are quantized to int8 in groups of 32, so results differ from those of the dequantized
-weight by that rounding alone. A row's result does not depend on the other rows, on the number of
-threads, or on how weights are stacked.
+Activations are quantized to int8 with a scale for 256 columns, which groups of 32 halve as often as
+they fit, so results differ from those of the dequantized weight by that rounding alone. A row's
+result does not depend on the other rows, on the number of threads, or on how weights are stacked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ BLOCK_TYPES = {
 }
 _GROUPED = {4: 104, 8: 108}  # by bits
 SPANS = (32, 64, 128)  # columns that may share a scale
-GROUP = 32  # columns of activations that share one
+GROUP = 32  # columns of a weight that share one, or of activations that a power of two multiplies
+_PIECE = 256  # columns of activations that share a scale
+_MOST_HALVINGS = 20
 
 
 class _Weight(ctypes.Structure):
@@ -192,8 +194,12 @@ def reference(packed: PackedBlocks, x: Tensor, bias: Tensor | None = None) -> Te
 def round_activations(x: Tensor) -> Tensor:
     """x [M, K] in float32 as its int8 codes stand for it."""
     width = x.shape[1]
-    groups = torch.nn.functional.pad(x.float(), (0, -width % GROUP)).unflatten(1, (-1, GROUP))
-    limit = groups.abs().amax(-1, keepdim=True)
+    padded = torch.nn.functional.pad(x.float(), (0, -width % _PIECE))
+    groups = padded.unflatten(1, (-1, _PIECE // GROUP, GROUP))
+    largest = groups.abs().amax(-1, keepdim=True)
+    limit = largest.amax(-2, keepdim=True)
+    doublings = (limit.view(torch.int32) - largest.view(torch.int32)) >> 23
+    power = ((127 + doublings.clamp(max=_MOST_HALVINGS)) << 23).view(torch.float32)
     inverse = torch.where(limit > 1e-30, 127.0 / limit, 0.0)
-    rounded = (groups * inverse).round() * (limit / 127.0)
+    rounded = (groups * (inverse * power)).round() * (limit / 127.0) / power
     return rounded.flatten(1)[:, :width]

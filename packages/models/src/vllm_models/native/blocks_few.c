@@ -2,37 +2,56 @@
    the products. What is the same for all rows is found first; one row alone is faster without. */
 #include "blocks.h"
 
-#define AHEAD 8192 /* bytes of prefetch */
+#define AHEAD 12288 /* bytes from what is multiplied to what is asked for */
 
 /* Some rows, one vector, one record. */
 INLINE void record_few(const format *f, const blocks_weight *w, const uint8_t *record,
                        const activations *a, int64_t place, vfloat total[FEW], const int rows) {
     const uint8_t *run = record + header_bytes(f, w->span);
     const int8_t *x = a->codes + place;
-    const float *scales = a->scales + place / RUN;
-    const int32_t *sums = a->sums + place / 16;
+    const float *powers = a->powers + place / RUN, *lows = a->lows + place / RUN;
+    const size_t width = (size_t)a->columns, groups = width / (size_t)f->group;
+    const int32_t *sums = group_sums(a, place, f->group);
     const int parts = RUN / f->group, wide = is_wide(f);
-    for (int i = 0; i < record_columns(f) / RUN; i++, run += run_bytes(f), x += RUN, sums += 2) {
+    ask_for(record + AHEAD, header_bytes(f, w->span));
+    for (int i = 0; i < record_columns(f) / RUN; i++) {
         vbytes codes[FOURS];
-        for (int64_t p = 0; p < run_bytes(f); p += 64) __builtin_prefetch(run + AHEAD + p);
+        ask_for(run + AHEAD, run_bytes(f));
         codes_of(f, run, codes);
 #pragma GCC unroll 2
         for (int part = 0; part < parts; part++) {
             const int g = i * parts + part;
             const vfloat scale = scale_of(f, w, record, g);
-            const vfloat low = f->mins ? min_of(f, w, record, g) : vf_zero();
+            const vfloat low = flat_mins(f) ? min_of(f, w, record, g) : vf_zero();
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
-                const int32_t sum = group_sum(sums + r * (a->columns / 16) + part, f->group);
-                const float by = scales[r * (a->columns / RUN) + i];
-                vint product = start_of(sum, f->zero, wide);
+                vint product = start_of(sums[r * groups + (size_t)part], f->zero, wide);
 #pragma GCC unroll 8
                 for (int four = part * FOURS / parts; four < (part + 1) * FOURS / parts; four++)
-                    product = dot(product, codes[four], four_codes(x + r * a->columns + 4 * four), wide);
-                total[r] = vf_fma(vf_from_int(product), vf_mul(scale, vf_set(by)), total[r]);
-                if (f->mins) total[r] = vf_fnma(low, vf_set(by * (float)sum), total[r]);
+                    product = dot(product, codes[four], four_codes(x + r * width + 4 * four), wide);
+                const vfloat by = times_power(scale, powers[r * (width / RUN)]);
+                total[r] = vf_fma(vf_from_int(product), by, total[r]);
+                if (flat_mins(f))
+                    total[r] = vf_fnma(low, vf_set(lows[r * (width / RUN)]), total[r]);
             }
         }
+        run += run_bytes(f), x += RUN, sums += parts, powers++, lows++;
+    }
+    if (whole_mins(f)) {
+        const vfloat factor = vf_mul(min_factor_of(record), vf_set(WHOLE_LOW));
+        const int16_t *by = whole_lows(a, place, f->group);
+        vint less[FEW];
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) less[r] = vi_set(0);
+#pragma GCC unroll 8
+        for (int pair = 0; pair < PIECE / f->group / 2; pair++) {
+            const vbytes mins = min_pair_of(f, record, pair);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++)
+                less[r] = vi_dot_pairs(less[r], mins, two_lows(by + r * groups + 2 * pair));
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) total[r] = vf_fnma(vf_from_int(less[r]), factor, total[r]);
     }
 }
 
@@ -43,16 +62,23 @@ INLINE void panel_few(const format *f, const blocks_weight *w, int64_t panel, co
     int64_t records = divide_up(w->columns, columns);
     const uint8_t *record = w->data + panel * records * VECTORS * size;
     memset(sums, 0, (size_t)(rows * PANEL) * sizeof *sums);
-    for (int64_t i = 0; i < records; i++) {
-        int64_t place = first * a->columns + i * columns;
+    for (int64_t i = 0; i < records;) {
+        vfloat sum[VECTORS][FEW];
+        int64_t place = first * a->columns + i * columns, end = smaller(i + PIECE / columns, records);
+        const float *scales = a->scales + place / PIECE;
+        memset(sum, 0, sizeof sum);
+        for (; i < end; i++, place += columns)
 #pragma GCC unroll 1
-        for (int v = 0; v < VECTORS; v++, record += size) {
-            vfloat total[FEW];
+            for (int v = 0; v < VECTORS; v++, record += size)
+                record_few(f, w, record, a, place, sum[v], rows);
 #pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) total[r] = vf_load(sums + r * PANEL + v * WIDTH);
-            record_few(f, w, record, a, place, total, rows);
+        for (int r = 0; r < rows; r++) {
+            const vfloat scale = vf_set(scales[r * (a->columns / PIECE)]);
 #pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) vf_store(sums + r * PANEL + v * WIDTH, total[r]);
+            for (int v = 0; v < VECTORS; v++) {
+                float *to = sums + r * PANEL + v * WIDTH;
+                vf_store(to, vf_fma(sum[v][r], scale, vf_load(to)));
+            }
         }
     }
 }

@@ -1,30 +1,42 @@
 /* Quantized weights by one row of activations: every code is read once, straight into the product. */
 #include "blocks.h"
 
-#define AHEAD 8192 /* bytes of prefetch */
+#define AHEAD 8192 /* bytes from what is multiplied to what is asked for */
 
 /* One row, one vector, one record. */
 INLINE vfloat record_row(const format *f, const blocks_weight *w, const uint8_t *record,
-                         const int8_t *x, const float *scales, const int32_t *sums, vfloat total) {
+                         const activations *a, int64_t place, vfloat total) {
     const uint8_t *run = record + header_bytes(f, w->span);
+    const int8_t *x = a->codes + place;
+    const int32_t *sums = group_sums(a, place, f->group);
     const int parts = RUN / f->group, wide = is_wide(f);
-    for (int i = 0; i < record_columns(f) / RUN; i++, run += run_bytes(f), x += RUN, sums += 2) {
+    ask_for(record + AHEAD, header_bytes(f, w->span));
+    for (int i = 0; i < record_columns(f) / RUN; i++, run += run_bytes(f), x += RUN) {
+        const float power = a->powers[place / RUN + i];
         vbytes codes[FOURS];
-        for (int64_t p = 0; p < run_bytes(f); p += 64) __builtin_prefetch(run + AHEAD + p);
+        ask_for(run + AHEAD, run_bytes(f));
         codes_of(f, run, codes);
 #pragma GCC unroll 2
         for (int part = 0; part < parts; part++) {
-            int32_t sum = group_sum(sums + part, f->group);
-            vint product = start_of(sum, f->zero, wide);
+            const int g = i * parts + part;
+            vint product = vi_set(start_factor(f->zero, wide) * sums[g]);
 #pragma GCC unroll 8
             for (int four = part * FOURS / parts; four < (part + 1) * FOURS / parts; four++)
                 product = dot(product, codes[four], four_codes(x + 4 * four), wide);
-            int g = i * parts + part;
-            vfloat scale = vf_mul(scale_of(f, w, record, g), vf_set(scales[i]));
+            vfloat scale = times_power(scale_of(f, w, record, g), power);
             total = vf_fma(vf_from_int(product), scale, total);
-            if (f->mins)
-                total = vf_fnma(min_of(f, w, record, g), vf_set(scales[i] * (float)sum), total);
+            if (flat_mins(f))
+                total = vf_fnma(min_of(f, w, record, g), vf_set(a->lows[place / RUN + i]), total);
         }
+    }
+    if (whole_mins(f)) {
+        const int16_t *lows = whole_lows(a, place, f->group);
+        vint less = vi_set(0);
+#pragma GCC unroll 8
+        for (int pair = 0; pair < PIECE / f->group / 2; pair++)
+            less = vi_dot_pairs(less, min_pair_of(f, record, pair), two_lows(lows + 2 * pair));
+        vfloat factor = vf_mul(min_factor_of(record), vf_set(WHOLE_LOW));
+        total = vf_fnma(vf_from_int(less), factor, total);
     }
     return total;
 }
@@ -36,12 +48,16 @@ INLINE void panel_row(const format *f, const blocks_weight *w, int64_t panel, co
     int64_t records = divide_up(w->columns, columns);
     const uint8_t *record = w->data + panel * records * VECTORS * size;
     vfloat total[VECTORS] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
-    for (int64_t i = 0; i < records; i++) {
-        int64_t place = row * a->columns + i * columns;
+    for (int64_t i = 0; i < records;) {
+        vfloat sum[VECTORS] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
+        int64_t place = row * a->columns + i * columns, end = smaller(i + PIECE / columns, records);
+        const vfloat scale = vf_set(a->scales[place / PIECE]);
+        for (; i < end; i++, place += columns)
 #pragma GCC unroll 1
-        for (int v = 0; v < VECTORS; v++, record += size)
-            total[v] = record_row(f, w, record, a->codes + place, a->scales + place / RUN,
-                                  a->sums + place / 16, total[v]);
+            for (int v = 0; v < VECTORS; v++, record += size)
+                sum[v] = record_row(f, w, record, a, place, sum[v]);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) total[v] = vf_fma(sum[v], scale, total[v]);
     }
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) vf_store(sums + v * WIDTH, total[v]);

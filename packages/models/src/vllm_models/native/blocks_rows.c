@@ -12,11 +12,16 @@
 #define ABREAST TILE_VECTORS
 #endif
 
-/* One piece of a panel, ready to multiply. */
+enum { NO_MINS, FLAT_MINS, WHOLE_MINS };
+
+/* One piece of a panel, ready to multiply, and what the rows bring to each of its groups. */
 typedef struct {
     uint8_t codes[PIECE / 4][VECTORS][64];
     float scales[PIECE / 16][PANEL];
-    float mins[PIECE / 16][PANEL];
+    float mins[PIECE / RUN][PANEL];
+    uint8_t min_pairs[PIECE / 32][VECTORS][64];
+    float min_factors[PANEL];
+    int32_t starts[MAX_ROWS][PIECE / 16];
     const uint8_t *ahead; /* what comes next, of which each group of a tile asks for `step` bytes */
     int64_t step;
 } unpacked __attribute__((aligned(64)));
@@ -30,8 +35,13 @@ INLINE int64_t unpack(const format *f, const blocks_weight *w, const uint8_t *re
         int64_t v = i % VECTORS, first = i / VECTORS;
         for (int g = 0; g < groups; g++) {
             vf_store(to->scales[first * groups + g] + v * WIDTH, scale_of(f, w, record, g));
-            if (f->mins) vf_store(to->mins[first * groups + g] + v * WIDTH, min_of(f, w, record, g));
+            if (flat_mins(f))
+                vf_store(to->mins[first * groups + g] + v * WIDTH, min_of(f, w, record, g));
+            if (whole_mins(f) && g % 2 == 0)
+                vb_store(to->min_pairs[g / 2][v], min_pair_of(f, record, g / 2));
         }
+        if (whole_mins(f))
+            vf_store(to->min_factors + v * WIDTH, vf_mul(min_factor_of(record), vf_set(WHOLE_LOW)));
         for (int64_t run = 0; run < runs; run++) {
             vbytes codes[FOURS];
             codes_of(f, record + header_bytes(f, w->span) + run * run_bytes(f), codes);
@@ -43,45 +53,70 @@ INLINE int64_t unpack(const format *f, const blocks_weight *w, const uint8_t *re
     return records * runs;
 }
 
-/* Sums of a tile, from or to memory. */
-typedef vfloat tile_sums[ROWS][ABREAST];
-INLINE void load_sums(tile_sums sum, const float *from, const int rows) {
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < ABREAST; v++) sum[r][v] = vf_load(from + r * PANEL + v * WIDTH);
-}
-INLINE void store_sums(tile_sums sum, float *to, const int rows) {
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < ABREAST; v++) vf_store(to + r * PANEL + v * WIDTH, sum[r][v]);
+/* Formats with minimums have no zero, but what the product of wide codes leaves out. */
+INLINE int has_starts(const int mins, const int wide) { return wide || !mins; }
+
+/* What the products of every row start from. */
+INLINE void find_starts(const format *f, const activations *a, int64_t place, int64_t rows,
+                        unpacked *to) {
+    const int32_t *sums = group_sums(a, place, f->group);
+    for (int64_t r = 0; r < rows; r++, sums += a->columns / f->group)
+        for (int g = 0; g < PIECE / f->group; g++)
+            to->starts[r][g] = start_factor(f->zero, is_wide(f)) * sums[g];
 }
 
-/* A few rows by some vectors of one piece: their sums in, their sums out. */
-INLINE void tile(unpacked *u, int64_t runs, const activations *a, int64_t place, int first,
-                 float *sums, const int rows, const int group, const int zero, const int wide,
-                 const int mins) {
-    const int parts = RUN / group;
-    const size_t width = (size_t)a->columns;
-    const int8_t *x = a->codes + place;
-    const float *scales = a->scales + place / RUN, *lows = a->lows + place / RUN;
-    const int32_t *halves = a->sums + place / 16;
-    const uint8_t *ahead = u->ahead;
-    tile_sums sum;
-    load_sums(sum, sums + first * WIDTH, rows);
-#pragma GCC unroll 1
-    for (int64_t g = 0; g < runs * parts; g++) {
-        vint product[ROWS][ABREAST];
-        for (int64_t p = 0; p < u->step; p += 64) __builtin_prefetch(ahead + p);
-        ahead += u->step;
+/* The whole minimums of a piece by what the rows bring to them, less from the sums. */
+INLINE void take_minimums(const unpacked *u, const activations *a, int64_t place, const int first,
+                          vfloat sum[ROWS][ABREAST], const int rows, const int group) {
+    const int16_t *lows = whole_lows(a, place, group);
+    const int64_t width = a->columns / group;
+    vint less[ROWS][ABREAST];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < ABREAST; v++) less[r][v] = vi_set(0);
+#pragma GCC unroll 4
+    for (int pair = 0; pair < PIECE / group / 2; pair++)
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
-            const int32_t total = group_sum(halves + r * (width / 16), group);
+            const int32_t two = two_lows(lows + r * width + 2 * pair);
 #pragma GCC unroll 4
-            for (int v = 0; v < ABREAST; v++) product[r][v] = start_of(total, zero, wide);
+            for (int v = 0; v < ABREAST; v++)
+                less[r][v] = vi_dot_pairs(less[r][v], vb_load(u->min_pairs[pair][first + v]), two);
         }
-        const uint8_t *codes = u->codes[g * group / 4][first];
+#pragma GCC unroll 4
+    for (int v = 0; v < ABREAST; v++) {
+        const vfloat factor = vf_load(u->min_factors + (first + v) * WIDTH);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+            sum[r][v] = vf_fnma(vf_from_int(less[r][v]), factor, sum[r][v]);
+    }
+}
+
+/* A few rows by some vectors of one piece, added to their sums. */
+INLINE void tile(unpacked *u, int64_t groups, const activations *a, int64_t place, int64_t row,
+                 int first, float *sums, const int rows, const int group, const int wide,
+                 const int mins) {
+    const size_t width = (size_t)a->columns;
+    const int8_t *x = a->codes + place;
+    const float *powers = a->powers + place / RUN, *lows = a->lows + place / RUN;
+    const int32_t *starts = u->starts[row];
+    const uint8_t *ahead = u->ahead, *codes = u->codes[0][first];
+    vfloat sum[ROWS][ABREAST];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < ABREAST; v++) sum[r][v] = vf_zero();
+#pragma GCC unroll 1
+    for (int64_t g = 0; g < groups; g++) {
+        vint product[ROWS][ABREAST];
+        ask_for(ahead, u->step);
+        ahead += u->step;
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int v = 0; v < ABREAST; v++)
+                product[r][v] = vi_set(!has_starts(mins, wide) ? 0 : starts[g + r * (PIECE / 16)]);
 #pragma GCC unroll 8
         for (int four = 0; four < group / 4; four++, codes += PANEL * 4) {
             vbytes w[ABREAST];
@@ -97,65 +132,71 @@ INLINE void tile(unpacked *u, int64_t runs, const activations *a, int64_t place,
         }
 #pragma GCC unroll 4
         for (int v = 0; v < ABREAST; v++) {
-            const vfloat weight = vf_load(u->scales[g] + (first + v) * WIDTH);
-            const vfloat low = mins ? vf_load(u->mins[g] + (first + v) * WIDTH) : vf_zero();
+            const vfloat scale = vf_load(u->scales[g] + (first + v) * WIDTH);
+            const vfloat low = mins == FLAT_MINS ? vf_load(u->mins[g] + (first + v) * WIDTH) : vf_zero();
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) {
-                const float scale = scales[r * (width / RUN)];
-                const vfloat by = vf_mul(weight, vf_set(scale));
+                const vfloat by = times_power(scale, powers[r * (width / RUN)]);
                 sum[r][v] = vf_fma(vf_from_int(product[r][v]), by, sum[r][v]);
-                const float less = parts == 1 ? lows[r * (width / RUN)]
-                                              : scale * (float)halves[r * (width / 16)];
-                if (mins) sum[r][v] = vf_fnma(low, vf_set(less), sum[r][v]);
+                if (mins == FLAT_MINS)
+                    sum[r][v] = vf_fnma(low, vf_set(lows[g + r * (width / RUN)]), sum[r][v]);
             }
         }
         x += group;
-        halves += group / 16;
-        scales += parts == 1 ? 1 : g % 2;
-        lows += parts == 1 ? 1 : g % 2;
+        powers += group == RUN ? 1 : g % 2;
     }
-    store_sums(sum, sums + first * WIDTH, rows);
+    if (mins == WHOLE_MINS) take_minimums(u, a, place, first, sum, rows, group);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        const vfloat scale = vf_set(a->scales[((size_t)place + r * width) / PIECE]);
+#pragma GCC unroll 4
+        for (int v = 0; v < ABREAST; v++) {
+            float *to = sums + r * PANEL + (first + v) * WIDTH;
+            vf_store(to, vf_fma(sum[r][v], scale, vf_load(to)));
+        }
+    }
     u->ahead = ahead;
 }
 
-INLINE void tile_rows(unpacked *u, int64_t runs, const activations *a, int64_t place,
-                      float *sums, const int rows, const int group, const int zero, const int wide,
-                      const int mins) {
+INLINE void tile_rows(unpacked *u, int64_t groups, const activations *a, int64_t place, int64_t row,
+                      float *sums, const int rows, const int group, const int wide, const int mins) {
     for (int v = 0; v < VECTORS; v += ABREAST)
-        tile(u, runs, a, place, v, sums, rows, group, zero, wide, mins);
+        tile(u, groups, a, place, row, v, sums, rows, group, wide, mins);
 }
 
 /* The tiles that formats need; each is compiled once. */
-typedef void tile_function(unpacked *, int64_t, const activations *, int64_t, float *, int, int);
+typedef void tile_function(unpacked *, int64_t, const activations *, int64_t, int64_t, float *, int);
 #if ROWS == 6
 #define MORE_ROWS(group, wide, mins)                                                  \
-    case 3: tile_rows(u, runs, a, place, sums, 3, group, zero, wide, mins); break; \
-    case 4: tile_rows(u, runs, a, place, sums, 4, group, zero, wide, mins); break; \
-    case 5: tile_rows(u, runs, a, place, sums, 5, group, zero, wide, mins); break; \
-    case 6: tile_rows(u, runs, a, place, sums, 6, group, zero, wide, mins); break;
+    case 3: tile_rows(u, groups, a, place, row, sums, 3, group, wide, mins); break; \
+    case 4: tile_rows(u, groups, a, place, row, sums, 4, group, wide, mins); break; \
+    case 5: tile_rows(u, groups, a, place, row, sums, 5, group, wide, mins); break; \
+    case 6: tile_rows(u, groups, a, place, row, sums, 6, group, wide, mins); break;
 #else
 #define MORE_ROWS(group, wide, mins)
 #endif
 #define TILE(name, group, wide, mins)                                                              \
-    static void name(unpacked *u, int64_t runs, const activations *a, int64_t place,               \
-                     float *sums, int rows, int zero) {                                            \
+    static void name(unpacked *u, int64_t groups, const activations *a, int64_t place, int64_t row, \
+                     float *sums, int rows) {                                                      \
         switch (rows) {                                                                            \
-            case 1: tile_rows(u, runs, a, place, sums, 1, group, zero, wide, mins); break;         \
-            case 2: tile_rows(u, runs, a, place, sums, 2, group, zero, wide, mins); break;         \
+            case 1: tile_rows(u, groups, a, place, row, sums, 1, group, wide, mins); break;        \
+            case 2: tile_rows(u, groups, a, place, row, sums, 2, group, wide, mins); break;        \
             MORE_ROWS(group, wide, mins)                                                           \
         }                                                                                          \
     }
-TILE(tile_32, 32, 0, 0)
-TILE(tile_32_min, 32, 0, 1)
-TILE(tile_32_wide, 32, 1, 0)
-TILE(tile_32_wide_min, 32, 1, 1)
-TILE(tile_16, 16, 0, 0)
-TILE(tile_16_min, 16, 0, 1)
+TILE(tile_32, 32, 0, NO_MINS)
+TILE(tile_32_flat, 32, 0, FLAT_MINS)
+TILE(tile_32_whole, 32, 0, WHOLE_MINS)
+TILE(tile_32_wide, 32, 1, NO_MINS)
+TILE(tile_32_wide_flat, 32, 1, FLAT_MINS)
+TILE(tile_16, 16, 0, NO_MINS)
+TILE(tile_16_whole, 16, 0, WHOLE_MINS)
 
 static tile_function *tile_for(const format *f) {
-    if (f->group == 16) return f->mins ? tile_16_min : tile_16;
-    if (is_wide(f)) return f->mins ? tile_32_wide_min : tile_32_wide;
-    return f->mins ? tile_32_min : tile_32;
+    if (f->group == 16) return f->mins ? tile_16_whole : tile_16;
+    if (is_wide(f)) return f->mins ? tile_32_wide_flat : tile_32_wide;
+    if (whole_mins(f)) return tile_32_whole;
+    return f->mins ? tile_32_flat : tile_32;
 }
 
 /* One panel for up to MAX_ROWS rows. */
@@ -168,14 +209,15 @@ INLINE void panel_rows(const format *f, const blocks_weight *w, int64_t panel, c
     memset(sums, 0, (size_t)(rows * PANEL) * sizeof *sums);
     for (int64_t i = 0; i < records; i += PIECE / columns) {
         int64_t count = smaller(PIECE / columns, records - i);
-        int64_t runs = unpack(f, w, data + i * size, count, &u);
-        int64_t groups = tiles * (VECTORS / ABREAST) * runs * (RUN / f->group);
+        int64_t groups = unpack(f, w, data + i * size, count, &u) * (RUN / f->group);
+        int64_t place = first * a->columns + i * columns;
+        if (has_starts(f->mins, is_wide(f))) find_starts(f, a, place, rows, &u);
         u.ahead = data + (i + count) * size;
-        u.step = divide_up(count * size, 64 * groups) * 64;
+        u.step = divide_up(count * size, 64 * tiles * (VECTORS / ABREAST) * groups) * 64;
         for (int64_t t = 0; t < tiles; t++) {
             int64_t row = rows * t / tiles, end = rows * (t + 1) / tiles;
-            tile_for(f)(&u, runs, a, (first + row) * a->columns + i * columns, sums + row * PANEL,
-                        (int)(end - row), f->zero);
+            tile_for(f)(&u, groups, a, place + row * a->columns, row, sums + row * PANEL,
+                        (int)(end - row));
         }
     }
 }

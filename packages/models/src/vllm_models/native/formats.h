@@ -96,6 +96,16 @@ INLINE vfloat scale_of(const format *f, const blocks_weight *w, const uint8_t *r
     return w->type == BFLOAT16 ? vf_load_bf16(place) : vf_load_f16(place);
 }
 
+/* Whether minimums are small whole numbers times one factor for the record. */
+INLINE int whole_mins(const format *f) { return f->mins && nested(f); }
+INLINE int flat_mins(const format *f) { return f->mins && !nested(f); }
+/* Those of two neighbouring groups side by side, and the factor. */
+INLINE vbytes min_pair_of(const format *f, const uint8_t *record, int pair) {
+    const uint8_t *mins = record + 64 + 16 * (record_columns(f) / f->group + 2 * pair);
+    return vb_pairs_of_u8(mins, mins + 16);
+}
+INLINE vfloat min_factor_of(const uint8_t *record) { return vf_load_f16(record + 32); }
+
 /* The minimums of one group, of a format that has them. */
 INLINE vfloat min_of(const format *f, const blocks_weight *w, const uint8_t *record, int g) {
     int64_t groups = record_columns(f) / f->group;
@@ -104,7 +114,7 @@ INLINE vfloat min_of(const format *f, const blocks_weight *w, const uint8_t *rec
         return vf_mul(scale_of(f, w, record, g), vf_load_f16(place));
     }
     if (nested(f))
-        return vf_mul(vf_load_f16(record + 32), vf_load_u8(record + 64 + 16 * (groups + g)));
+        return vf_mul(min_factor_of(record), vf_load_u8(record + 64 + 16 * (groups + g)));
     return vf_load_f16(record + 32 * (groups + g));
 }
 

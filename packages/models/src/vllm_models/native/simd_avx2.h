@@ -98,6 +98,11 @@ INLINE __m256i bf16_of_int8_half(const __m128i *p) {
 INLINE vbytes vb_bf16_of_int8(const void *p) {
     BOTH(vbytes, bf16_of_int8_half(p), bf16_of_int8_half((const __m128i *)p + 1));
 }
+/* 16 signed bytes as floats. */
+INLINE vbytes vb_f32_of_int8(const void *p) {
+    const vfloat x = vf_load_i8(p);
+    BOTH(vbytes, _mm256_castps_si256(x.a), _mm256_castps_si256(x.b));
+}
 
 INLINE __m256i dot_half(__m256i a, __m256i w, __m256i x) {
     __m256i pairs = _mm256_maddubs_epi16(w, x);
@@ -118,6 +123,20 @@ INLINE __m256i dot_signed_half(__m256i a, __m256i w, __m256i x) {
 INLINE vint vi_dot_wide(vint a, vbytes w, int32_t x) {
     __m256i four = _mm256_set1_epi32(x);
     BOTH(vint, dot_signed_half(a.a, w.a, four), dot_signed_half(a.b, w.b, four));
+}
+
+/* a + the two products of int16 pairs. */
+INLINE vint vi_dot_pairs(vint a, vbytes w, int32_t x) {
+    __m256i pair = _mm256_set1_epi32(x);
+    BOTH(vint, _mm256_add_epi32(a.a, _mm256_madd_epi16(w.a, pair)),
+         _mm256_add_epi32(a.b, _mm256_madd_epi16(w.b, pair)));
+}
+/* Sixteen unsigned bytes beside sixteen others, as pairs of int16. */
+INLINE vbytes vb_pairs_of_u8(const void *first, const void *second) {
+    __m128i low = _mm_loadu_si128((const __m128i *)first);
+    __m128i high = _mm_loadu_si128((const __m128i *)second);
+    BOTH(vbytes, _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(low, high)),
+         _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(low, high)));
 }
 
 INLINE __m256 dot_bf16_half(__m256 a, __m256i w, uint32_t x) {

@@ -53,6 +53,8 @@ INLINE vbytes vb_lookup(const uint8_t *table, vbytes a) {
 INLINE vbytes vb_bf16_of_int8(const void *p) {
     return (vbytes)_mm512_cvtne2ps_pbh(vf_load_i8((const char *)p + 16), vf_load_i8(p));
 }
+/* 16 signed bytes as floats. */
+INLINE vbytes vb_f32_of_int8(const void *p) { return _mm512_castps_si512(vf_load_i8(p)); }
 
 /* a + the four products of bytes of w, 0..255, with the four signed bytes in x. */
 #define DOT_WIDE_OFFSET 0
@@ -60,6 +62,16 @@ INLINE vint vi_dot(vint a, vbytes w, int32_t x) {
     return _mm512_dpbusd_epi32(a, w, _mm512_set1_epi32(x));
 }
 INLINE vint vi_dot_wide(vint a, vbytes w, int32_t x) { return vi_dot(a, w, x); }
+/* a + the two products of int16 pairs. */
+INLINE vint vi_dot_pairs(vint a, vbytes w, int32_t x) {
+    return _mm512_dpwssd_epi32(a, w, _mm512_set1_epi32(x));
+}
+/* Sixteen unsigned bytes beside sixteen others, as pairs of int16. */
+INLINE vbytes vb_pairs_of_u8(const void *first, const void *second) {
+    __m512i low = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)first));
+    __m512i high = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)second));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
 
 /* a + the two products of bf16 pairs. */
 INLINE vfloat vf_dot_bf16(vfloat a, vbytes w, uint32_t x) {

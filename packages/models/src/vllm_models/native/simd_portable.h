@@ -112,6 +112,11 @@ INLINE byte_quarter bf16_of_int8_quarter(const char *p) {
 INLINE vbytes vb_bf16_of_int8(const void *p) {
     QUARTERS(vbytes, bf16_of_int8_quarter((const char *)p + 8 * q));
 }
+/* 16 signed bytes as floats. */
+INLINE vbytes vb_f32_of_int8(const void *p) {
+    const vfloat x = vf_load_i8(p);
+    QUARTERS(vbytes, (byte_quarter)x.v[q]);
+}
 
 /* Two signed bytes, one to each half of every word. */
 INLINE short_quarter pair_of(int8_t first, int8_t second) {
@@ -144,6 +149,22 @@ INLINE vint vi_dot_wide(vint a, vbytes w, int32_t x) {
     const short_quarter even = pair_of(four[0], four[2]), odd = pair_of(four[1], four[3]);
     QUARTERS(vint, a.v[q] + halves_of(even_products(w.v[q], even)) +
                        halves_of(odd_products(w.v[q], odd)));
+}
+
+/* a + the two products of int16 pairs. */
+INLINE vint vi_dot_pairs(vint a, vbytes w, int32_t x) {
+    const int32_t low = (int16_t)x, high = x >> 16;
+    QUARTERS(vint, a.v[q] + ((int_quarter)((word_quarter)w.v[q] << 16) >> 16) * low +
+                       ((int_quarter)w.v[q] >> 16) * high);
+}
+/* Sixteen unsigned bytes beside sixteen others, as pairs of int16. */
+INLINE vbytes vb_pairs_of_u8(const void *first, const void *second) {
+    uint8_t pairs[4 * WIDTH] = {0};
+    for (int i = 0; i < WIDTH; i++) {
+        pairs[4 * i] = ((const uint8_t *)first)[i];
+        pairs[4 * i + 2] = ((const uint8_t *)second)[i];
+    }
+    return vb_load(pairs);
 }
 
 /* a + the two products of bf16 pairs. */
