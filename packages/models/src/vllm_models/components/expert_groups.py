@@ -99,81 +99,97 @@ def _on_cpu(
     return _OnCpu(activate, PackedExperts(first), PackedExperts(second), *biases)
 
 
-class _Alike(NamedTuple):
-    """One layer of those experts that hold it in the same format.
+class _Stack(NamedTuple):
+    """One layer of experts that hold it in the same format.
 
     Attributes:
         weights: Of neighbouring rows of the layer, from its first to its last.
-        num_experts: How many these are.
         bias: [these experts, outputs].
+    """
+
+    weights: list[StackedExperts]
+    bias: Tensor | None
+
+
+class _Alike(NamedTuple):
+    """Experts that hold both layers in the same formats.
+
+    Attributes:
+        gate_up: The first layer.
+        down: The second.
+        num_experts: How many these are.
         places: int32 [all experts], which of these every one is; -1 is none of them. Absent if all
             experts are alike.
     """
 
-    weights: list[StackedExperts]
+    gate_up: _Stack
+    down: _Stack
     num_experts: int
-    bias: Tensor | None
     places: Tensor | None
+
+    def plan(self, gpu: ModuleType, x: Tensor, chosen: Tensor, fixed_order: bool) -> Plan:
+        """Of the pairs whose experts these are."""
+        if self.places is None:
+            return gpu.plan_pairs(chosen, self.num_experts, x.dtype, fixed_order)
+        own = self.places[chosen.long()]
+        return gpu.plan_pairs(own, self.num_experts, x.dtype, fixed_order, is_partial=True)
 
 
 class _OnGpu(NamedTuple):
-    """Both layers, by the formats in which experts hold them."""
+    """Experts by the formats in which they hold their layers."""
 
     activate: Activate
     example: Linear  # says whether the order of sums is fixed
-    num_experts: int
-    gate_up: list[_Alike]
-    down: list[_Alike]
+    groups: list[_Alike]
 
     def compute(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         gpu = kernels_for(x)
         assert gpu is not None, "stacked for kernels that are gone"
-        plan = gpu.plan_pairs(chosen, self.num_experts, x.dtype, self.example.fixed_order)
-        inner = self.activate(self._product(gpu, x, plan, self.gate_up))
-        return gpu.add_answers(self._product(gpu, inner, plan, self.down), weights)
+        plans = [own.plan(gpu, x, chosen, self.example.fixed_order) for own in self.groups]
+        gate_up = _product(gpu, x, [own.gate_up for own in self.groups], plans)
+        answers = _product(gpu, self.activate(gate_up), [own.down for own in self.groups], plans)
+        return gpu.add_answers(answers, weights)
 
-    def _product(self, gpu: ModuleType, x: Tensor, plan: Plan, formats: list[_Alike]) -> Tensor:
-        """One layer: a product for every format, of the pairs whose experts have it."""
-        if formats[0].places is None:
-            return gpu.expert_matmul(x, formats[0].weights, plan, formats[0].bias)
-        last = formats[0].weights[-1]
-        out = x.new_empty(plan.chosen.numel(), last.first + last.rows)
-        for weights, num_experts, bias, places in formats:
-            own = (places[plan.chosen.long()], num_experts, x.dtype, self.example.fixed_order)
-            gpu.expert_matmul(x, weights, gpu.plan_pairs(*own, is_partial=True), bias, out)
-        return out
+
+def _product(gpu: ModuleType, x: Tensor, stacks: Sequence[_Stack], plans: Sequence[Plan]) -> Tensor:
+    """One layer, of which every stack computes the pairs of its plan: [T * k, outputs]."""
+    last = stacks[0].weights[-1]
+    out = x.new_empty(plans[0].chosen.numel(), last.first + last.rows)
+    for (weights, bias), plan in zip(stacks, plans, strict=True):
+        gpu.expert_matmul(x, weights, plan, bias, out)
+    return out
 
 
 def _on_gpu(
     activate: Activate, gate_up: Sequence[Linear], down: Sequence[Linear]
 ) -> ExpertGroup | None:
-    first, second = _by_format(gate_up), _by_format(down)
-    if first is None or second is None:
+    formats = [
+        (_format(first), _format(second)) for first, second in zip(gate_up, down, strict=True)
+    ]
+    if any(None in own for own in formats) or not _same_shape(gate_up) or not _same_shape(down):
         return None
-    return _OnGpu(activate, down[0], len(down), first, second)
-
-
-def _by_format(layers: Sequence[Linear]) -> list[_Alike] | None:
-    """One layer of all experts; None if there are no kernels for it."""
-    formats = [_format(layer) for layer in layers]
-    if None in formats or len({(layer.out_features, layer.in_features) for layer in layers}) > 1:
-        return None
-    found: list[_Alike] = []
+    groups: list[_Alike] = []
     for kind in dict.fromkeys(formats):
         members = [index for index, own in enumerate(formats) if own == kind]
-        alike = [layers[index] for index in members]
-        weights = _stack(alike)
-        if weights is None:
+        first = _stack([gate_up[index] for index in members])
+        second = _stack([down[index] for index in members])
+        if first is None or second is None:
             return None
-        places = None if len(members) == len(layers) else _places(members, len(layers), weights[0])
-        found.append(_Alike(weights, len(members), _stack_biases(alike), places))
-    return found
+        places = None
+        if len(members) < len(formats):
+            places = _places(members, len(formats)).to(first.weights[0].weight.device)
+        groups.append(_Alike(first, second, len(members), places))
+    return _OnGpu(activate, down[0], groups)
 
 
-def _places(members: Sequence[int], num_experts: int, near: StackedExperts) -> Tensor:
+def _same_shape(layers: Sequence[Linear]) -> bool:
+    return len({(layer.out_features, layer.in_features) for layer in layers}) == 1
+
+
+def _places(members: Sequence[int], num_experts: int) -> Tensor:
     places = torch.full((num_experts,), -1, dtype=torch.int32)
     places[list(members)] = torch.arange(len(members), dtype=torch.int32)
-    return places.to(near.weight.device)
+    return places
 
 
 def _format(layer: Linear) -> Hashable | None:
@@ -202,11 +218,14 @@ class _InPlanes(Protocol):
         ...
 
 
-def _stack(layers: Sequence[Linear]) -> list[StackedExperts] | None:
+def _stack(layers: Sequence[Linear]) -> _Stack | None:
     """Layers of one format, whose own weights become parts of the whole; None if they differ."""
     packed = [layer.packed for layer in layers if isinstance(layer.packed, _InPlanes)]
-    if packed:
-        return _stack_planes(packed)
+    weights = _stack_planes(packed) if packed else _stack_plain(layers)
+    return None if weights is None else _Stack(weights, _stack_biases(layers))
+
+
+def _stack_plain(layers: Sequence[Linear]) -> list[StackedExperts]:
     whole = torch.stack([layer.weight for layer in layers])
     for layer, weight in zip(layers, whole, strict=True):
         layer.weight = nn.Parameter(weight, requires_grad=False)

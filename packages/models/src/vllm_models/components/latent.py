@@ -1,7 +1,8 @@
 """Attention over one narrow latent vector per position, from which keys and values are made.
 
 Only the latent and a part of the keys that rotates are kept. Queries are turned into the latent's
-space and answers back from it, so that the cache is read as one key head whose values are its keys.
+space and answers back from it, so that the cache is read as one key head, whose values are the
+latents in its keys.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from vllm_models.components.linear import Dense, Linear, LinearMethod, Place
 from vllm_models.components.norm import RMSNorm
 from vllm_models.components.rotary import Rotation, yarn_growth
 from vllm_models.config import ModelConfig
+from vllm_models.gpu.launch import kernels_for
 from vllm_models.kernels.kv_write import kv_write
 from vllm_models.kernels.paged_attention import paged_attention
 
@@ -117,6 +119,8 @@ class LatentAttention(nn.Module):
         kv_write(key, None, keys, values, ctx.slot_mapping)
         absorbed = torch.bmm(q.transpose(0, 1), keys_up).transpose(0, 1)  # [T, H, rank]
         q = torch.cat((absorbed, rotate(q_rotated)), dim=-1)
+        if kernels_for(x) is not None:  # torch wants values as wide as keys
+            values = values._replace(data=values.data[..., : self.rank])
         out = paged_attention(q, keys, values, ctx.attention[self.layer], self.scale)
         out = torch.bmm(out[..., : self.rank].transpose(0, 1), values_up.transpose(1, 2))
         return self.o_proj(out.transpose(0, 1).flatten(1))

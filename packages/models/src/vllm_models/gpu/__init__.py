@@ -1,4 +1,6 @@
-"""Kernels for GPUs in Triton: each file has the kernel, what launches it, and its reference.
+"""Kernels for GPUs in Triton: what launches them, and what they are compared with.
 
-Nothing here is imported before a tensor lies on a GPU, see `launch.kernels_for`.
+`kernels` lists the launchers that layers call. `launch`, `layout`, `spans` and `stacked` are what
+the host has to know without them: they import no Triton, which a process that computes on a CPU
+never does.
 """

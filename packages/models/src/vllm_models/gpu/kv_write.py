@@ -20,7 +20,7 @@ LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 @triton.jit
-def scales_of(largest, pointers, there, LIMIT: tl.constexpr):
+def _scales_of(largest, pointers, there, LIMIT: tl.constexpr):
     """Store the scales of some heads [N] whose largest numbers are given; returns their inverses.
 
     Numbers so small that the inverse would be no number become zeros.
@@ -31,7 +31,7 @@ def scales_of(largest, pointers, there, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def in_eight_bits(numbers, inverse, ELEMENT: tl.constexpr):
+def _in_eight_bits(numbers, inverse, ELEMENT: tl.constexpr):
     """float32 [N, tile] over scales [N] as the pool's type."""
     scaled = numbers * inverse[:, None]
     if ELEMENT.is_int():
@@ -51,8 +51,8 @@ def store_heads(
         tl.store(pointers, numbers, mask=mask)
     else:
         wide = numbers.to(tl.float32)
-        inverse = scales_of(tl.max(tl.abs(wide), axis=1), scales + row, there, LIMIT)
-        tl.store(pointers, in_eight_bits(wide, inverse, data.dtype.element_ty), mask=mask)
+        inverse = _scales_of(tl.max(tl.abs(wide), axis=1), scales + row, there, LIMIT)
+        tl.store(pointers, _in_eight_bits(wide, inverse, data.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-STEP_COLUMNS = 256  # columns that share a factor
+_STEP_COLUMNS = 256  # columns that share a factor
 _UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -140,7 +140,7 @@ def numbers_of(planes: Planes) -> Tensor:
         weight += _spread(planes.offsets, layout.group, columns)
     if layout.offset == "step":
         steps = _spread(planes.offsets, layout.group, columns)
-        weight -= steps * _spread(planes.offset_factors, STEP_COLUMNS, columns)
+        weight -= steps * _spread(planes.offset_factors, _STEP_COLUMNS, columns)
     return weight
 
 
@@ -163,7 +163,7 @@ def _scales(planes: Planes) -> Tensor:
     if planes.layout.scale == "exponent":
         return (scales - 127).exp2()
     if planes.layout.scale == "step":
-        return scales * _spread(planes.factors, STEP_COLUMNS, planes.columns)
+        return scales * _spread(planes.factors, _STEP_COLUMNS, planes.columns)
     return scales
 
 

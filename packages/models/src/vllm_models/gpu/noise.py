@@ -39,11 +39,11 @@ def exponential(key, token_ids):
     x = ((x ^ (x >> 15)) ^ (key >> 32).to(tl.uint32)) * 0xD35A2D97
     x = (x ^ (x >> 15)) & 0x7FFFFFFF
     u = x.to(tl.int32).to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10
-    return minus_log1p(tl.minimum(u, 0.99999994))
+    return _minus_log1p(tl.minimum(u, 0.99999994))
 
 
 @triton.jit
-def minus_log1p(u):
+def _minus_log1p(u):
     """-log(1 - u) for u in (0, 1), within 3e-7 of itself for the small u that win as for others.
 
     1 - u = 2^e * (1 + f) with f in [-1/4, 1/2), where log(1 + f) = f + f^2 * polynomial(f). Half

@@ -17,7 +17,7 @@ import triton.language as tl
 from vllm_models.gpu.launch import Variant
 from vllm_models.gpu.spans import Chunks, GpuSpans
 
-SHORT, MIDDLE = 16, 28  # chunks of the first two lengths
+_SHORT, _MIDDLE = 16, 28  # chunks of the first two lengths
 ITEM = tl.constexpr(8)  # numbers
 _TILE = 64
 _LOOK = 256  # sequences looked at together
@@ -32,7 +32,7 @@ def chunk_start(chunk, BASE: tl.constexpr):
 
 
 @triton.jit
-def chunk_at(position, BASE: tl.constexpr):
+def _chunk_at(position, BASE: tl.constexpr):
     """The chunk of a position."""
     middle = 16 + (position - 16 * BASE) // (4 * BASE)
     far = 44 + (position - 128 * BASE) // (16 * BASE)
@@ -49,7 +49,7 @@ def _first_and_last(
     queries -= tl.load(starts + index, mask=there, other=0)
     length = tl.load(lengths + index, mask=there, other=0)
     seen = tl.where(window > 0, tl.maximum(length - queries + 1 - window, 0), 0)
-    first, last = chunk_at(seen, BASE), chunk_at(length - 1, BASE)
+    first, last = _chunk_at(seen, BASE), _chunk_at(length - 1, BASE)
     has_some = there & (queries <= MAX_QUERIES) & (queries > 0) & (length > 0)
     return first, tl.where(has_some, last, first - 1)
 
@@ -126,7 +126,7 @@ def queries_for(max_queries: int, group: int) -> int:
 
 def most_chunks(max_length: int, window: int, base: int) -> int:
     """No sequence has more."""
-    short, middle = SHORT * base, MIDDLE * 4 * base
+    short, middle = _SHORT * base, _MIDDLE * 4 * base
     beyond = max(0, max_length - short - middle)
     most = triton.cdiv(min(max_length, short), base) + triton.cdiv(beyond, 16 * base)
     most += triton.cdiv(min(max(0, max_length - short), middle), 4 * base)

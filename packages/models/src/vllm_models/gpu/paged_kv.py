@@ -1,7 +1,7 @@
 """Tiles of heads in a kernel: queries, keys and values, in the type in which they are multiplied.
 
-A head is read in two parts, HEAD is always a `paged_shapes.Head`. A kernel takes what it is told of
-a part of its sizes by a name of its own, which is how Triton 3.6 wants it.
+A head is read in two parts; HEAD is always a `paged_shapes.Head`. Kernels give a member of SIZES a
+name of its own before they look into it: Triton 3.6 does not know SIZES.keys.width.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def load_part(
         numbers = tl.load(pointers, mask=there[:, None], other=0)
     else:
         numbers = tl.load(pointers)
-    return as_element(numbers, element)
+    return _as_element(numbers, element)
 
 
 @triton.jit
-def as_element(numbers, element: tl.constexpr):
+def _as_element(numbers, element: tl.constexpr):
     """Numbers of the KV in the type of the queries; bytes are those of float8_e4m3fn."""
     if numbers.dtype == tl.uint8:
         return _from_float8(numbers, element)

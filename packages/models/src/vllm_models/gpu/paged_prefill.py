@@ -127,7 +127,7 @@ class Tiling(NamedTuple):
     num_warps: int
 
 
-def prefill_tile_for(dim: int, value_dim: int, itemsize: int) -> Tiling:
+def _tiling_for(dim: int, value_dim: int, itemsize: int) -> Tiling:
     """As many rows and positions as registers and shared memory hold.
 
     Args:
@@ -180,7 +180,7 @@ def prefill(
 
 
 def _for_queries(layer: Sizes, itemsize: int) -> tuple[Sizes, Tiling]:
-    tiling = prefill_tile_for(layer.keys.width, layer.values.width, itemsize)
+    tiling = _tiling_for(layer.keys.width, layer.values.width, itemsize)
     heads = min(triton.next_power_of_2(layer.group), tiling.rows)
     known = replace(
         layer, heads=heads, rows=tiling.rows, tile=tiling.tile, num_stages=tiling.num_stages

@@ -11,7 +11,7 @@ class Chunks(NamedTuple):
     """The pieces of context that sequences with few queries attend to, made by `plan`.
 
     Attributes:
-        items: int32 [C, 8], see `paged_decode`; those past the last of `ends` are not written.
+        items: int32 [C, 8], see `paged_chunks`; those past the last of `ends` are not written.
         ends: int32 [S + 1]: items of the sequences before; the last is how many there are.
         base: Positions of the first chunks.
         max_queries: Sequences with more queries have no chunks.

@@ -127,7 +127,8 @@ def _collect_kernel(
     row = tl.load(rows + place).to(tl.int64)
     limits = limits_of(row, temperatures, top_ks, top_ps, vocab_size)
     temperature, _top_k, top_p, is_counted = limits
-    if (is_counted | (top_p < 1)) & (temperature > 0):
+    has_some = is_cut(row, temperatures, top_ks, top_ps, min_ps, vocab_size)
+    if has_some & (is_counted | (top_p < 1)):
         bracket = next_bracket(
             previous_brackets, previous_measured, place, num_tiles, temperature, False, TILES
         )

@@ -65,7 +65,24 @@ INLINE vfloat vf_tanh(vfloat a) {
     return vf_div(vf_add(e, vf_set(-1.0f)), vf_add(e, vf_set(1.0f)));
 }
 
-/* Lanes are joined in one order, whatever the class. */
+/* Lanes are joined in one order, whatever the class: each with the one half of the rest further on. */
+#if defined(CLASS_AVX512)
+INLINE vfloat half_on(vfloat a, const int half) {
+    if (half == 8) return _mm512_shuffle_f32x4(a, a, 0xee);
+    if (half == 4) return _mm512_shuffle_f32x4(a, a, 0x11);
+    return half == 2 ? _mm512_permute_ps(a, 0xee) : _mm512_permute_ps(a, 0x11);
+}
+INLINE float vf_sum(vfloat a) {
+#pragma GCC unroll 4
+    for (int half = WIDTH / 2; half; half /= 2) a = vf_add(a, half_on(a, half));
+    return _mm512_cvtss_f32(a);
+}
+INLINE float vf_largest(vfloat a) {
+#pragma GCC unroll 4
+    for (int half = WIDTH / 2; half; half /= 2) a = vf_max(a, half_on(a, half));
+    return _mm512_cvtss_f32(a);
+}
+#else
 INLINE float vf_sum(vfloat a) {
     float v[WIDTH];
     vf_store(v, a);
@@ -80,6 +97,7 @@ INLINE float vf_largest(vfloat a) {
         for (int i = 0; i < half; i++) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
     return v[0];
 }
+#endif
 INLINE float float_exp(float a) {
     float v[WIDTH];
     vf_store(v, vf_exp(vf_set(a)));
