@@ -117,7 +117,7 @@ class GemmaForCausalLM(CausalLM):
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, M] -> [N, V]."""
         scores = super().logits(hidden)
-        return (scores / self.soft_cap).tanh() * self.soft_cap if self.soft_cap else scores
+        return scores.div_(self.soft_cap).tanh_().mul_(self.soft_cap) if self.soft_cap else scores
 
 
 class Gemma2ForCausalLM(GemmaForCausalLM):

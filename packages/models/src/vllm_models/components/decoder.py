@@ -48,7 +48,7 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the whole vocabulary after some hidden states: [N, M] -> [N, V], in float32 or
-        the type of the hidden states."""
+        the type of the hidden states; valid until the next call."""
 
 
 class DecoderStack(nn.Module):

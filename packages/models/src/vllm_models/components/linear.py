@@ -16,7 +16,7 @@ from vllm_models.gpu.launch import kernels_for, serves
 from vllm_models.native.dense import PackedDense
 from vllm_models.native.library import library_for
 from vllm_models.native.ordered import OrderedBlocks
-from vllm_models.native.packed import PackedWeight
+from vllm_models.native.packed import PackedWeight, zeros_of
 from vllm_models.weights.saved import PLAIN_KINDS
 
 
@@ -140,6 +140,7 @@ class Linear(nn.Module):
 
     weight: Tensor
     packed: Packed | None = None
+    _scores: Tensor | None = None  # [N, out_features]
     fixed_order: bool = False
 
     def __init__(
@@ -197,7 +198,14 @@ class Linear(nn.Module):
         return self.method.apply(self, x, self.bias)
 
     def scores(self, x: Tensor) -> Tensor:
-        """The same, in float32 where a kernel of the CPU can leave its sums as they are."""
-        if isinstance(self.packed, PackedWeight | OrderedBlocks):
-            return self.packed.matmul(x, self.bias, torch.float32)
-        return self.method.apply(self, x, self.bias)
+        """The same, valid until the next call; in float32 where a kernel of the CPU can leave its
+        sums as they are.
+
+        Scores of a vocabulary are so many numbers that new memory for each step would cost a good
+        part of it, so these keep theirs.
+        """
+        if not isinstance(self.packed, PackedWeight | OrderedBlocks):
+            return self.method.apply(self, x, self.bias)
+        if self._scores is None or len(self._scores) < len(x):
+            self._scores = zeros_of((len(x), self.out_features), torch.float32)
+        return self.packed.matmul(x, self.bias, out=self._scores[: len(x)])

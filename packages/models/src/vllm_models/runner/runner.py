@@ -80,6 +80,7 @@ class Runner:
                 step.logits = self._model.logits(hidden[places]).float()  # [N, V]
         step.seconds = time.perf_counter() - start
         if any(chunk.masked for chunk in batch.chunks):
+            step.keep_logits()
             return step
         step.sample()
         return Done(step.result())
@@ -158,6 +159,11 @@ class Step:
         self._inputs = inputs
         self._cost = cost
         self._output: BatchOutput | None = None
+
+    def keep_logits(self) -> None:
+        """Sampling comes later, when another step may have been computed."""
+        if self.logits is not None:
+            self.logits = self.logits.clone()
 
     @torch.inference_mode()
     def sample(self, masks: Mapping[int, bytes] = EMPTY) -> None:
