@@ -1,4 +1,5 @@
-"""`python -m benchmarks.cpu` with `ceilings`, `kernels`, `determinism`, `compare` or `profile`."""
+"""`python -m benchmarks.cpu` with `ceilings`, `kernels`, `attention`, `determinism`, `compare` or
+`profile`."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ if {"profile", "determinism"} & set(sys.argv):  # as the server does before torc
 import torch
 from vllm_models.native.library import Library, library
 
-from benchmarks.cpu import ceilings, compare, determinism, kernels, profile
+from benchmarks.cpu import attention, ceilings, compare, determinism, kernels, profile
 from benchmarks.cpu.rows import report
 
 _CACHE = Path.home() / ".cache" / "vllm-lite-benchmarks"
@@ -32,6 +33,9 @@ def arguments() -> argparse.ArgumentParser:
     one = commands.add_parser("kernels", parents=[shared, rows], help="the linear kernels")
     one.add_argument("--kinds", nargs="+", default=["bf16", "Q8_0", "Q4_K", "Q6_K", "Q4_0"])
     one.add_argument("--rows", nargs="+", type=int, default=list(kernels.ROWS))
+    paged = commands.add_parser("attention", parents=[shared, rows], help="decode attention")
+    paged.add_argument("--cases", nargs="+", default=list(attention.CASES))
+    paged.add_argument("--kinds", nargs="+", default=list(attention.KINDS))
     peers = commands.add_parser("compare", parents=[shared], help="ours and the peers in turn")
     peers.add_argument("--cases", default="all", help="names or patterns, with commas between")
     peers.add_argument("--rounds", type=int, default=3)
@@ -75,6 +79,8 @@ def measure(given: argparse.Namespace, built: Library) -> None:
         report(ceilings.figures(built), given.json)
     elif given.what == "kernels":
         report(kernels.figures(built, given.kinds, given.rows), given.json)
+    elif given.what == "attention":
+        report(attention.figures(built, given.cases, given.kinds), given.json)
     elif given.what == "determinism":
         report(determinism.figures(built, given.rows), given.json)
     else:
