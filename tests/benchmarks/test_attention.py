@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.cpu import attention
 from vllm_models.native.library import library
+
+from benchmarks.cpu import attention
 
 
 class Steady:
