@@ -11,6 +11,7 @@ from vllm_models.gpu import paged_chunks, paged_decode, paged_prefill
 from vllm_models.gpu.paged_attention import paged_attention
 from vllm_models.gpu.paged_chunks import plan
 from vllm_models.gpu.paged_decode import tile_for
+from vllm_models.gpu.paged_shapes import sizes
 from vllm_models.gpu.spans import GpuSpans
 from vllm_models.kernels.kv_side import KVSide, quantize
 from vllm_models.kernels.paged_attention import Span, reference
@@ -49,11 +50,6 @@ class Case(NamedTuple):
     def scale(self) -> float:
         """Of scores."""
         return 2 * self.dims[0] ** -0.5
-
-    @property
-    def value_dim(self) -> int:
-        """Of the result."""
-        return self.dims[1] or self.dims[0]
 
 
 class Batch(NamedTuple):
@@ -203,14 +199,22 @@ def test_a_prompt_over_several_tiles_of_queries(device: torch.device) -> None:
         check(case, [(140, 150), (70, 70)], device)
 
 
-def test_values_may_be_the_first_columns_of_the_keys(device: torch.device) -> None:
-    case = Case(heads=(4, 1), dims=(80, 0))
+@pytest.mark.parametrize(
+    ("dim", "value_dim", "is_read_once"),
+    [(80, 64, True), (28, 20, True), (128, 64, False), (80, 40, False)],
+)
+def test_values_may_be_the_first_columns_of_the_keys(
+    device: torch.device, dim: int, value_dim: int, is_read_once: bool
+) -> None:
+    case = Case(heads=(4, 1), dims=(dim, 0))
     for queries in ([(1, 70), (1, 300)], [(12, 70)]):
         batch = make(case, queries, device)
         whole = attend(case, batch)
-        values = batch.values._replace(data=batch.keys.data[..., :64])
+        values = batch.values._replace(data=batch.keys.data[..., :value_dim])
+        known = sizes(batch.keys.data, values.data, 4, has_window=False, has_cap=False)
+        assert known.is_shared and known.is_read_once == is_read_once
         part = attend(case, batch._replace(values=values))
-        assert torch.equal(part, whole[..., :64])
+        assert torch.equal(part, whole[..., :value_dim])
 
 
 def test_rows_that_only_fill_a_bucket_disturb_nobody(device: torch.device) -> None:

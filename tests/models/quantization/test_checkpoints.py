@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,32 @@ FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
 
 
 def write_packed(
-    plain: Path, folder: Path, config: dict[str, Any], pack: Packer, skip: str = "\0"
+    plain: Path,
+    folder: Path,
+    config: dict[str, Any],
+    pack: Packer,
+    own: Mapping[str, Packer | None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """A packed copy of a checkpoint; returns all weights as numbers."""
+    """A packed copy of a checkpoint; returns all weights as numbers.
+
+    Args:
+        plain: The checkpoint.
+        folder: Of the copy.
+        config: Of the format.
+        pack: For layers.
+        own: Instead, for those with a key in their names; None leaves them as they are.
+    """
     shutil.copytree(plain, folder)
     packed: dict[str, torch.Tensor] = {}
     numbers = load_file(plain / WEIGHTS)
     for name, tensor in list(numbers.items()):
         layer = name.removesuffix(".weight")
-        if not layer.endswith("_proj") or skip in name:
+        given = [other for key, other in (own or {}).items() if key in name]
+        chosen = (*given, pack)[0] if layer.endswith("_proj") else None
+        if chosen is None:
             packed[name] = tensor
             continue
-        tensors, weight = pack(tensor.numpy())
+        tensors, weight = chosen(tensor.numpy())
         packed |= {f"{layer}.{suffix}": saved.contiguous() for suffix, saved in tensors.items()}
         numbers[name] = torch.from_numpy(weight).contiguous()
     save_file(packed, folder / WEIGHTS)
@@ -123,7 +137,7 @@ def test_layers_that_were_not_converted_are_loaded_as_they_are(plain: Any, tmp_p
     config, pack = FORMATS["gptq"]
     config = config | {"modules_to_not_convert": ["model.layers.0.self_attn.v_proj", "layers.1"]}
     folder = tmp_path / "packed"
-    numbers = write_packed(plain.folder, folder, config, pack, skip="v_proj")
+    numbers = write_packed(plain.folder, folder, config, pack, {"v_proj": None})
     reference = shutil.copytree(plain.folder, tmp_path / "numbers")
     save_file(numbers, reference / WEIGHTS, metadata={"format": "pt"})
     model = transformers.AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def add_dot(sums, a, b):
     """sums [M, N] float32 + a [M, K] b [K, N]; a and b of one type of floats."""
-    if _INTERPRETED:
+    if INTERPRETED:
         wide_a, wide_b = a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64)
         sums += tl.dot(wide_a, wide_b).to(tl.float32)
     else:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from vllm_models.gpu.dot import INTERPRETED
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def _from_float8(numbers, element: tl.constexpr):
 
     Four at a time: the bytes become the upper bytes of halves, the seven bits move down by four.
     """
-    if _INTERPRETED or element != tl.bfloat16:
+    if INTERPRETED or element != tl.bfloat16:
         bits = numbers.to(tl.int32)
         wide = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
         return (wide.to(tl.float32, bitcast=True) * 1.329227995784916e36).to(element)
