@@ -210,7 +210,7 @@ def _phases(model: type[Decoder]) -> Iterator[tuple[type, str, str]]:
     yield RecordedSteps, "forward", "dispatch"
     yield model, "forward", "dispatch"
     yield model, "logits", "dispatch"
-    yield Step, "sample", "sampling"
+    yield Step, "make_tokens", "sampling"
     yield Detokenizer, "feed", "detokenization"
 
 

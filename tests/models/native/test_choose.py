@@ -35,8 +35,9 @@ def choose(
     cut: tuple[int, float, float] = (0, 1.0, 0.0),
 ) -> tuple[Tensor, Tensor]:
     """Scores and tokens as tensors."""
+    top_k, top_p, min_p = cut
     draws = [
-        Draw(temperature, *cut, key=tuple(key))
+        Draw(temperature, top_p, min_p, tuple(key), top_k)
         for temperature, key in zip(temperatures.tolist(), keys.tolist(), strict=True)
     ]
     scores, tokens = native.choose(library, logits, draws)

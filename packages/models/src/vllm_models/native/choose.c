@@ -12,8 +12,8 @@
 #define PIECE 8192 /* tokens that one thread takes */
 
 static winner best_of(const choice *c, int64_t row, int64_t begin, int64_t end) {
-    const float *logits = c->logits + row * c->stride, temperature = c->temperatures[row];
-    const uint32_t low = (uint32_t)c->keys[2 * row], high = (uint32_t)c->keys[2 * row + 1];
+    const float *logits = c->logits + row * c->stride, temperature = c->draws[row].temperature;
+    const uint32_t low = (uint32_t)c->draws[row].key[0], high = (uint32_t)c->draws[row].key[1];
     winner best = {-INFINITY, begin};
     for (int64_t first = begin; first < end; first += BLOCK) {
         const int64_t count = smaller(BLOCK, end - first);
@@ -36,7 +36,7 @@ int choose_tokens(const choice *c) {
     if (found == NULL) return 1;
     char *rooms = (char *)found + places;
     /* One row's largest logit is found before a second thread has begun. */
-    const int is_long = c->count > 1 || (c->count == 1 && c->temperatures[0] > 0);
+    const int is_long = c->count > 1 || (c->count == 1 && c->draws[0].temperature > 0);
 #pragma omp parallel for schedule(dynamic) if (is_long && num_cut < c->count)
     for (int64_t i = 0; i < c->count * pieces; i++) {
         const int64_t row = i / pieces, begin = i % pieces * PIECE;
@@ -52,8 +52,7 @@ int choose_tokens(const choice *c) {
             const winner next = found[row * pieces + i];
             if (next.score > best.score || next.score != next.score) best = next;
         }
-        c->scores[row] = best.score;
-        c->tokens[row] = best.token;
+        c->winners[row] = best;
     }
     return 0;
 }

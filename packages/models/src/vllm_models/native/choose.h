@@ -11,27 +11,31 @@
 
 #define BLOCK 512 /* scores that are kept before it is asked whether any is the best so far */
 
+/* How a row chooses. */
 typedef struct {
-    const float *logits;       /* [count][stride] */
-    const float *temperatures; /* [count], 0 takes the largest logit */
-    const int64_t *top_k;      /* [count], 0 keeps all */
-    const float *top_p;        /* [count] in (0, 1] */
-    const float *min_p;        /* [count] in [0, 1] */
-    const int32_t *keys;       /* [count][2] */
-    float *scores;             /* [count] of the winners; NaN if a score was */
-    int64_t *tokens;           /* [count] */
-    int64_t count, size, stride;
-} choice;
+    float temperature; /* 0 takes the largest logit */
+    float top_p;       /* in (0, 1] */
+    float min_p;       /* in [0, 1] */
+    int32_t key[2];
+    int64_t top_k; /* 0 keeps all */
+} draw;
 
 typedef struct {
-    float score;
+    float score; /* NaN if one was */
     int64_t token;
 } winner;
 
+typedef struct {
+    const float *logits; /* [count][stride], of which `size` are used */
+    const draw *draws;   /* [count] */
+    winner *winners;     /* [count] */
+    int64_t count, size, stride;
+} choice;
+
 /* Whether some tokens of a row cannot win. */
 INLINE int is_cut(const choice *c, int64_t row) {
-    const int some = c->top_k[row] > 0 || c->top_p[row] < 1.0f || c->min_p[row] > 0.0f;
-    return c->temperatures[row] > 0.0f && some;
+    const draw *d = c->draws + row;
+    return d->temperature > 0.0f && (d->top_k > 0 || d->top_p < 1.0f || d->min_p > 0.0f);
 }
 
 /* The winner of a row that is cut, with `room_of_cut` bytes to work in. */

@@ -189,11 +189,12 @@ static winner first_of(const race *r, int64_t count, float floor, uint32_t low, 
 }
 
 winner race_of_cut(const choice *c, int64_t row, void *room) {
-    const int64_t k = c->top_k[row] < c->size ? c->top_k[row] : 0;
+    const draw *d = c->draws + row;
+    const int64_t k = d->top_k < c->size ? d->top_k : 0;
     race r = {.logits = c->logits + row * c->stride,
               .size = c->size,
               .spans = divide_up(c->size, SPAN),
-              .temperature = c->temperatures[row],
+              .temperature = d->temperature,
               .tokens = room};
     r.scores = (float *)(r.tokens + r.size);
     r.weights = r.scores + r.size;
@@ -202,7 +203,7 @@ winner race_of_cut(const choice *c, int64_t row, void *room) {
     const winner most = find_tops(&r);
     if (!(most.score - most.score == 0.0f)) return most; /* no number, or nothing allowed */
     r.best = most.score / r.temperature;
-    const float floor = r.best + logf(c->min_p[row]); /* -inf without */
-    const int64_t count = remaining(&r, k, (double)c->top_p[row], floor);
-    return first_of(&r, count, floor, (uint32_t)c->keys[2 * row], (uint32_t)c->keys[2 * row + 1]);
+    const float floor = r.best + logf(d->min_p); /* -inf without */
+    const int64_t count = remaining(&r, k, (double)d->top_p, floor);
+    return first_of(&r, count, floor, (uint32_t)d->key[0], (uint32_t)d->key[1]);
 }

@@ -76,6 +76,7 @@ class Rows:
         self.vocab_size = vocab_size
         # Zeros are memory only once they are written: few sequences are as long as all may be.
         self.tokens = torch.zeros(max_sequences, self.capacity, dtype=torch.int64, device=kv.device)
+        self._numbers = self.tokens.numpy() if self.tokens.is_cpu else None  # the same memory
         num_entries = -(-self.capacity // self.block_size)
         self.tables = torch.zeros(max_sequences, num_entries, dtype=torch.int64, device=kv.device)
         self._kv = kv
@@ -152,10 +153,9 @@ class Rows:
 
     def write_sampled(self, written: Sequence[tuple[int, int, int]]) -> None:
         """Keep what was sampled: row, position and token of each."""
-        if self.tokens.is_cpu:
-            tokens = self.tokens.numpy()
+        if self._numbers is not None:
             for index, position, token in written:
-                tokens[index, position] = token
+                self._numbers[index, position] = token
         elif written:
             index, position, token = torch.tensor(written, device=self.tokens.device).unbind(1)
             self.tokens[index, position] = token

@@ -82,7 +82,7 @@ class Runner:
         if any(chunk.masked for chunk in batch.chunks):
             step.keep_logits()
             return step
-        step.sample()
+        step.make_tokens(EMPTY)
         return Done(step.result())
 
     def _prompt_logprobs(
@@ -168,6 +168,10 @@ class Step:
     @torch.inference_mode()
     def sample(self, masks: Mapping[int, bytes] = EMPTY) -> None:
         """Sample under the masks, verify drafts, and keep what was sampled."""
+        self.make_tokens(masks)
+
+    def make_tokens(self, masks: Mapping[int, bytes]) -> None:
+        """The same within a step that computes, which has told torch what it needs to know."""
         assert self._output is None, "sample() was called twice"
         start = time.perf_counter()
         token_ids: dict[int, tuple[int, ...]] = {}

@@ -96,7 +96,8 @@ def _draw(
 def _how(target: Target, p: SamplingParams) -> Draw:
     if p.temperature == 0:
         return GREEDY
-    return Draw(p.temperature, p.top_k, p.top_p, p.min_p, noise.key(target.row.seed, target.length))
+    key = noise.key(target.row.seed, target.length)
+    return Draw(p.temperature, p.top_p, p.min_p, key, p.top_k)
 
 
 def _is_cut(params: SamplingParams) -> bool:
