@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from vllm_traits import BackendError, Batch, Chunk, PoolingParams, SamplingParams, Start
 
-from vllm_models.runner.backing import Backing
 from vllm_models.runner.edits import Edits, compile_edits
 from vllm_models.runner.kv import KVPool
 
@@ -80,8 +79,6 @@ class Rows:
         num_entries = -(-self.capacity // self.block_size)
         self.tables = torch.zeros(max_sequences, num_entries, dtype=torch.int64, device=kv.device)
         self._kv = kv
-        self._backing = Backing(kv.tensors) if kv.device.type == "cpu" else None
-        self._reach(0)
         self.eos_token_ids = eos_token_ids
         self._rows: dict[int, Row] = {}
         self._free = list(range(max_sequences))
@@ -189,11 +186,6 @@ class Rows:
         if min(blocks) < 0 or max(blocks) >= self.sentinel or max(columns) >= len(self.tables[0]):
             raise BackendError("The batch names a block that does not exist.")
         self.write_blocks(indices, columns, blocks)
-        self._reach(max(blocks) + 1)
-
-    def _reach(self, num_blocks: int) -> None:
-        if self._backing is not None:
-            self._backing.reach(num_blocks)
 
     def taint(self, row: Row) -> None:
         """Remember the blocks of a sequence whose numbers went wrong.
