@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from vllm_models.native.blocks import PackedBlocks, pack_blocks, stack
 from vllm_models.native.dense import PackedDense
-from vllm_models.native.experts import PackedExperts, reference
+from vllm_models.native.experts import PackedExperts, choose_experts, reference
 from vllm_models.native.library import Library, load
 from vllm_models.native.processor import InstructionSet, runnable
 
@@ -81,3 +81,37 @@ def test_an_index_takes_rows_of_the_activations(
 def test_the_experts_share_the_memory_of_their_weights(library: Library) -> None:
     weights = stacked(library)
     assert PackedExperts(weights).nbytes == sum(weight.nbytes for weight in weights)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("is_sigmoid", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "experts", "count"), [(1, 128, 8), (3, 5, 5), (700, 60, 4)])
+def test_chosen_experts_and_weights_are_those_of_torch(
+    library: Library,
+    tokens: int,
+    experts: int,
+    count: int,
+    dtype: torch.dtype,
+    is_sigmoid: bool,
+    renormalize: bool,
+) -> None:
+    logits = numbers(tokens, experts + 3)[:, :experts] * 2
+    bias = numbers(experts, seed=1) if is_sigmoid else None
+    scores = logits.sigmoid() if is_sigmoid else logits.softmax(-1)
+    best = (scores if bias is None else scores + bias).topk(count).indices
+    expected = scores.gather(1, best)
+    if renormalize:
+        expected = expected / expected.sum(-1, keepdim=True)
+    weights, chosen = choose_experts(library, logits, count, renormalize, 2.5, bias, dtype)
+    assert torch.equal(chosen, best) and weights.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert torch.allclose(weights.float(), expected * 2.5, rtol=tolerance, atol=1e-6)
+
+
+def test_experts_are_different_ones_whatever_the_scores(library: Library) -> None:
+    logits = torch.zeros(4, 6)
+    logits[1, 2], logits[2], logits[3, :5] = torch.nan, torch.nan, -torch.inf
+    _, chosen = choose_experts(library, logits, 4, True, 1.0, None, torch.float32)
+    assert all(len(set(row)) == 4 and 0 <= min(row) <= max(row) < 6 for row in chosen.tolist())
+    assert chosen[0].tolist() == [0, 1, 2, 3]

@@ -12,6 +12,8 @@ from vllm_traits import ModelError
 from vllm_models.components.experts import Experts
 from vllm_models.components.linear import Linear
 from vllm_models.gpu.launch import kernels_for
+from vllm_models.native.experts import choose_experts
+from vllm_models.native.library import library_for
 from vllm_models.native.tape import as_one
 from vllm_models.weights.saved import SavedTensor
 
@@ -113,9 +115,12 @@ class MixtureOfExperts(nn.Module):
     def _routed(self, x: Tensor) -> Tensor:
         """[T, M] -> [T, M]."""
         logits = self.gate(x if self.e_score_correction_bias is None else x.float())  # [T, E]
-        if (gpu := kernels_for(x)) is not None and self.routing.chooses_freely:
-            how = (self.routing.num_chosen, self.routing.renormalize, self.routing.scale)
-            chosen = gpu.choose_experts(logits, *how, self.e_score_correction_bias)
+        how = (self.routing.num_chosen, self.routing.renormalize, self.routing.scale)
+        bias, free = self.e_score_correction_bias, self.routing.chooses_freely
+        if free and (gpu := kernels_for(x)) is not None:
+            chosen = gpu.choose_experts(logits, *how, bias)
+        elif free and (library := library_for(x)) is not None:
+            chosen = choose_experts(library, logits, *how, bias, x.dtype)
         else:
             chosen = as_one(lambda: self._choose(logits, x.dtype))
         return self.experts(x, *chosen)

@@ -19,6 +19,15 @@ from vllm_models.native.library import Library
 from vllm_models.native.packed import TYPES, address
 
 
+class _Routing(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weights", "chosen", "logits", "bias")),
+        *((name, ctypes.c_int64) for name in ("tokens", "num_experts", "num_chosen", "stride")),
+        *((name, ctypes.c_int64) for name in ("logits_type", "type", "renormalize")),
+        ("scale", ctypes.c_float),
+    )
+
+
 class _Choices(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("chosen", "starts", "row_tokens", "rows")),
@@ -45,6 +54,42 @@ class Choices(NamedTuple):
     starts: Tensor
     row_tokens: Tensor
     rows: Tensor
+
+
+def choose_experts(
+    library: Library,
+    logits: Tensor,
+    num_chosen: int,
+    renormalize: bool,
+    scale: float,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Weights [T, num_chosen] and which experts [T, num_chosen] int64, the best first.
+
+    Args:
+        library: The kernels.
+        logits: [T, E] float32 or bfloat16; the numbers of a row are neighbours.
+        num_chosen: At most E.
+        renormalize: Scale the weights of a token to a sum of 1.
+        scale: Multiplies the weights in the end.
+        bias: [E] float32, added for the choice alone to scores that are sigmoids; without, scores
+            are a softmax.
+        dtype: Of the weights, float32 or bfloat16.
+    """
+    (num_tokens, num_experts), (stride, step) = logits.shape, logits.stride()
+    assert step == 1 and num_chosen <= num_experts, "rows of scores"
+    weights = torch.empty((num_tokens, num_chosen), dtype=dtype)
+    chosen = torch.empty((num_tokens, num_chosen), dtype=torch.int64)
+    call = _Routing(
+        *(weights.data_ptr(), chosen.data_ptr(), logits.data_ptr()),
+        None if bias is None else bias.data_ptr(),
+        *(num_tokens, num_experts, num_chosen, stride),
+        *(TYPES[logits.dtype], TYPES[dtype], renormalize, scale),
+    )
+    if library.choose_experts(ctypes.byref(call)):
+        raise MemoryError("no memory for the scores of experts")
+    return weights, chosen
 
 
 def sort_choices(library: Library, chosen: Tensor, num_experts: int) -> Choices:

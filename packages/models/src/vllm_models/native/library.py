@@ -51,6 +51,7 @@ _FUNCTIONS: dict[str, tuple[tuple[type, ...], type | None]] = {
     "gate_rows": ((_POINTER,), None),
     "turn_angles": ((_POINTER,), None),
     "rotate_heads": ((_POINTER,), None),
+    "choose_experts": ((_POINTER,), ctypes.c_int),
     "sort_choices": ((_POINTER,), None),
     "add_answers": ((_POINTER,), None),
     "step_inputs": ((_POINTER,), None),
@@ -120,6 +121,7 @@ class Library:
         self.gate_rows = Function(self, "gate_rows")
         self.turn_angles = Function(self, "turn_angles")
         self.rotate_heads = Function(self, "rotate_heads")
+        self.choose_experts = Function(self, "choose_experts")
         self.sort_choices = Function(self, "sort_choices")
         self.add_answers = Function(self, "add_answers")
         self.step_inputs = Function(self, "step_inputs")
