@@ -58,6 +58,7 @@ class PackedDense(PackedWeight):
 
     def gather(self, rows: Tensor) -> Tensor:
         """Some rows of the weight: [T] int64 -> [T, columns] of the weight's dtype."""
+        rows = rows.contiguous()
         out = torch.empty((len(rows), self.columns), dtype=self.dtype)
         width = self.columns * self.dtype.itemsize
         self.library.dense_gather(
